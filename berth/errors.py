@@ -1,0 +1,57 @@
+"""The four errors a user of berth can meet, and the way an entry point reports them.
+
+A message names the wrong value (file, line, option), the rule it breaks and the fix. Programming mistakes stay
+``assert``/``ValueError`` and show their traceback; these four are printed as one line.
+
+Exit codes: 2 for usage (:class:`ConfigError`), 1 for the other three.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class BerthError(Exception):
+    """Base of the errors meant for the user; never raised itself."""
+
+    exit_code = 1
+
+
+class ConfigError(BerthError, ValueError):
+    """An option, a config file or a combination of them is wrong. Exit code 2."""
+
+    exit_code = 2
+
+
+class DataError(BerthError, ValueError):
+    """An input (text, vocabulary, records) is missing, damaged or contradicts the options."""
+
+
+class CheckpointError(BerthError, RuntimeError):
+    """A checkpoint cannot be read, written or used for this run."""
+
+
+class LaunchError(BerthError, RuntimeError):
+    """A process, rank or job could not be started or reached."""
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run an entry point and leave the process with its exit code.
+
+    A :class:`BerthError` is printed as one ``error:`` line; an ``OSError`` (disk full, permission) likewise with its path;
+    Ctrl-C ends with 130. Anything else is a bug and keeps its traceback.
+    """
+    try:
+        code = main()
+    except BerthError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        code = 1
+    sys.exit(code or 0)
