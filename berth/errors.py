@@ -1,9 +1,9 @@
-"""The four errors a user of berth can meet, and the way an entry point reports them.
+"""The errors a user of berth can meet, and the way an entry point reports them.
 
 A message names the wrong value (file, line, option), the rule it breaks and the fix. Programming mistakes stay
-``assert``/``ValueError`` and show their traceback; these four are printed as one line.
+``assert``/``ValueError`` and show their traceback; these are printed as one line.
 
-Exit codes: 2 for usage (:class:`ConfigError`), 1 for the other three.
+Exit codes: 2 for usage (:class:`ConfigError`), 1 for the others.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class DataError(BerthError, ValueError):
 
 class CheckpointError(BerthError, RuntimeError):
     """A checkpoint cannot be read, written or used for this run."""
+
+
+class TrainingError(BerthError, RuntimeError):
+    """Training cannot go on: the loss is not finite, or every step is skipped."""
 
 
 class LaunchError(BerthError, RuntimeError):

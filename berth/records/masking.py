@@ -1,0 +1,135 @@
+"""Instances to rows: gather the tokens, choose positions, mask 80/10/10.
+
+In: token ids, :class:`Instances` of one block of rows. Out: :class:`Rows`, the six arrays of the records schema.
+
+Of ``len`` real positions, specials included, ``k = min(P, max(1, round(len * prob)))`` are chosen (round half to even, as in
+the public scripts), never a special one. A chosen token becomes ``[MASK]`` (80 %), stays (10 %) or becomes a random ordinary
+piece (10 %): never a special token and never ``[unusedN]``, which do not occur in text. With whole-word masking words (a
+piece and the ``##`` pieces after it) are taken in random order while they fit into ``k``; if not even one fits, the row has no
+mask.
+
+Orders are decided by unique integer keys, so the result does not depend on how a library breaks ties.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from berth.records import draws
+from berth.records.options import RecordOptions
+from berth.records.pairs import Instances
+from berth.text.vocabulary import Vocabulary
+
+_LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A block of rows, types and shapes as on disk (see :mod:`berth.records.schema`)."""
+
+    input_ids: NDArray[np.int32]
+    input_mask: NDArray[np.int8]
+    segment_ids: NDArray[np.int8]
+    masked_lm_positions: NDArray[np.int32]
+    masked_lm_ids: NDArray[np.int32]
+    next_sentence_labels: NDArray[np.int8]
+
+
+class RowMaker:
+    """Makes rows for one vocabulary and one set of options."""
+
+    def __init__(self, vocabulary: Vocabulary, options: RecordOptions) -> None:
+        self.vocabulary, self.options = vocabulary, options
+        self.ordinary = np.flatnonzero(~vocabulary.is_special_or_unused).astype(np.int32)
+        self.positions = np.arange(options.max_seq_length, dtype=np.int32)
+        self.position_bits = np.uint64(max(1, (options.max_seq_length - 1).bit_length()))
+
+    def make(self, tokens: NDArray[np.unsignedinteger], block: Instances) -> Rows:
+        """Rows of ``block``; ``tokens`` is the flat array its places refer to."""
+        ids, candidate, segments, mask = self._gather(tokens, block)
+        wanted = self.mask_counts(mask.sum(axis=1, dtype=np.int64))
+        if self.options.whole_word_mask:
+            positions, chosen = self._choose_words(ids, candidate, wanted, block.keys)
+        else:
+            positions, chosen = self._choose_pieces(candidate, wanted, block.keys)
+        labels = np.where(chosen, np.take_along_axis(ids, positions, axis=1), 0)
+        self._replace(ids, positions, chosen, labels, block.keys)
+        return Rows(ids, mask, segments, positions.astype(np.int32), labels, block.labels)
+
+    def mask_counts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many positions of rows with ``lengths`` real positions are to be masked."""
+        counts = np.rint(lengths * self.options.masked_lm_prob).astype(np.int64)
+        counts = np.clip(counts, 1, self.options.max_predictions_per_seq)
+        return np.minimum(counts, lengths - 3)
+
+    def _gather(
+        self, tokens: NDArray[np.unsignedinteger], block: Instances
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int8], NDArray[np.int8]]:
+        """``[CLS] A [SEP] B [SEP]`` padded: ids, ordinary tokens, segment ids and mask, all [rows, L]."""
+        a = block.a_lengths.astype(np.int32)[:, None]
+        b = block.b_lengths.astype(np.int32)[:, None]
+        position, length = self.positions, a + b + 3
+        valid = position < length
+        in_b = position > a + 1
+        candidate = valid & (position > 0) & (position != a + 1) & (position != length - 1)
+        source = np.where(in_b, (block.b_starts[:, None] - (a + 2)), block.a_starts[:, None] - 1) + position
+        np.clip(source, 0, len(tokens) - 1, out=source)
+        ids = tokens[source].astype(np.int32)
+        ids *= valid
+        rows = np.arange(len(ids))
+        ids[:, 0] = self.vocabulary.cls_id
+        ids[rows, a[:, 0] + 1] = self.vocabulary.sep_id
+        ids[rows, length[:, 0] - 1] = self.vocabulary.sep_id
+        return ids, candidate, (valid & in_b).view(np.int8), valid.view(np.int8)
+
+    def _ordered_keys(self, keys: draws.Keys, which: NDArray[np.int32]) -> draws.Keys:
+        """uint64: the draw of position ``which`` of each row, its low bits replaced by the position itself (unique)."""
+        drawn = draws.fold(draws.fold(keys, draws.MASK_ORDER)[:, None], which)
+        return ((drawn >> self.position_bits) << self.position_bits) | self.positions.astype(np.uint64)
+
+    def _choose_pieces(
+        self, candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """The ``wanted`` candidates of each row with the smallest draws: positions [rows, P] ascending, 0 where unused."""
+        most = self.options.max_predictions_per_seq
+        order = np.where(candidate, self._ordered_keys(keys, self.positions), _LAST)
+        if most < order.shape[1]:
+            order = np.partition(order, most - 1, axis=1)[:, :most]
+        order.sort(axis=1)
+        chosen = np.arange(most) < wanted[:, None]
+        return self._ascending((order & ((np.uint64(1) << self.position_bits) - np.uint64(1))).astype(np.int64), chosen)
+
+    def _choose_words(
+        self, ids: NDArray[np.int32], candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Whole words in random order while they fit into ``wanted``; result as :meth:`_choose_pieces`."""
+        most = self.options.max_predictions_per_seq
+        after_candidate = np.zeros_like(candidate)
+        after_candidate[:, 1:] = candidate[:, :-1]
+        starts = candidate & ~(after_candidate & self.vocabulary.is_continuation[ids])
+        word_start = np.maximum.accumulate(np.where(starts | ~candidate, self.positions, 0), axis=1)
+        # Equal within a word but for the position in the low bits: sorting groups words, pieces in order.
+        order = np.where(candidate, self._ordered_keys(keys, word_start), _LAST)
+        by_word = np.argsort(order, axis=1, kind="stable")
+        word = np.take_along_axis(word_start, by_word, axis=1)
+        real = np.take_along_axis(candidate, by_word, axis=1)
+        is_first = np.take_along_axis(starts, by_word, axis=1)
+        lengths = self._word_lengths(word, real)
+        taken = np.zeros(len(ids), np.int64)
+        accepted = np.zeros_like(candidate)
+        current = np.zeros(len(ids), np.bool_)
+        for column in range(ids.shape[1]):
+            fits = taken + lengths[:, column] <= wanted
+            current = np.where(is_first[:, column], fits, current) & real[:, column]
+            taken += current & True
+            if column + 1 < ids.shape[1]:
+                pass
+            accepted[:, column] = current
+        chosen_positions = np.where(accepted, by_word, ids.shape[1])
+        chosen_positions.sort(axis=1)
+        positions = chosen_positions[:, :most]
+        chosen = positions < ids.shape[1]
+        return np.where(chosen, positions, 0), chosen

@@ -1,0 +1,126 @@
+"""The run log: JSON lines in DLLogger's format, appended across restarts. Reports read only this.
+
+Every line is ``DLLL {json}``. A ``LOG`` record has ``step`` (``"PARAMETER"``, ``[epoch, global_step]`` or ``[]`` for the
+summary) and ``data``; a ``METADATA`` record declares a metric's unit (FEATURES 1.2.7). berth adds one top-level key,
+``attempt``: 1 for the first process that wrote to the file, one more for each restart. After a crash the steps since the
+last checkpoint appear again under a higher attempt; :func:`read_steps` keeps the last word on every step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from berth.errors import DataError
+
+PREFIX = "DLLL "
+
+UNITS: dict[str, str] = {
+    "e2e_train_time": "s",
+    "raw_train_time": "s",
+    "training_sequences_per_second": "sequences/s",
+    "tokens_per_second": "tokens/s",
+    "final_loss": "nat",
+    "average_loss": "nat",
+    "step_loss": "nat",
+    "mlm_loss": "nat",
+    "nsp_loss": "nat",
+    "learning_rate": "",
+    "grad_norm": "",
+}
+
+
+class RunLog:
+    """Appends records to one JSON-lines file; with ``path=None`` (ranks other than 0) it does nothing.
+
+    Args:
+        path: the file; its folder is made. A half-written last line of a killed process is closed with a newline.
+        start_time: ``time.monotonic()`` that ``elapsedtime`` counts from; now by default.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, start_time: float | None = None) -> None:
+        self.start_time = time.monotonic() if start_time is None else start_time
+        self.path = None if path is None else Path(path)
+        self.attempt = 1
+        self._handle = None
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and self.path.stat().st_size:
+            self.attempt = last_attempt(self.path) + 1
+        self._handle = open(self.path, "a+b")  # noqa: SIM115  closed by close()
+        if self._handle.tell():
+            self._handle.seek(-1, os.SEEK_END)
+            if self._handle.read(1) != b"\n":
+                self._handle.write(b"\n")
+        if self.attempt == 1:
+            for metric, unit in UNITS.items():
+                self._write({"type": "METADATA", "metric": metric, "metadata": {"unit": unit}})
+
+    def log(self, step: str | tuple[int, ...], data: dict[str, Any]) -> None:
+        """Write one record and hand it to the operating system at once."""
+        self._write({"type": "LOG", "step": step, "data": data})
+
+    def parameters(self, **data: Any) -> None:
+        """Write facts about the run (``step="PARAMETER"``)."""
+        self.log("PARAMETER", data)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self._handle is None:
+            return
+        now = time.time()
+        stamp = {
+            "timestamp": f"{now * 1000:.0f}",
+            "datetime": datetime.datetime.fromtimestamp(now).isoformat(sep=" ", timespec="milliseconds"),
+            "elapsedtime": f"{time.monotonic() - self.start_time:.6f}",
+            "attempt": self.attempt,
+        }
+        line = PREFIX + json.dumps({**stamp, **record}, allow_nan=True)
+        self._handle.write(line.encode() + b"\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        """Flush and close; later records are dropped."""
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+
+def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run log in file order; a line cut short by a crash is passed over.
+
+    Raises :class:`DataError` when the file is missing or a line is not of this format at all.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as handle:
+            for number, line in enumerate(handle, 1):
+                if not line.strip():
+                    continue
+                if not line.startswith(PREFIX[: len(line)]):
+                    raise DataError(f"{path}, line {number}: not a run log line; each must start with {PREFIX!r}")
+                try:
+                    yield json.loads(line[len(PREFIX) :])
+                except json.JSONDecodeError:
+                    continue
+    except OSError as error:
+        raise DataError(f"run log {path} cannot be read: {error.strerror}") from error
+
+
+def last_attempt(path: str | os.PathLike[str]) -> int:
+    """Highest attempt number in a run log, 0 when it holds no record."""
+    return max((int(record.get("attempt", 1)) for record in read_records(path)), default=0)
+
+
+def read_steps(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
+    """``{global_step: data}`` of all training-step records; the latest attempt wins. Sorted by step."""
+    steps: dict[int, dict[str, Any]] = {}
+    for record in read_records(path):
+        step = record.get("step")
+        if record.get("type") == "LOG" and isinstance(step, list) and len(step) == 2 and "average_loss" in record["data"]:
+            steps[int(step[1])] = {**record["data"], "attempt": record.get("attempt", 1)}
+    return dict(sorted(steps.items()))

@@ -1,0 +1,91 @@
+"""Strict UTF-8 text input: the one place where berth decodes text.
+
+In: files of any size and any line ending (LF, CRLF, CR), with or without a byte order mark. Out: lines without their end.
+Bytes that are not UTF-8 stop the run with the file and the byte offset: replacing or skipping them would silently delete
+letters (a Latin-1 round trip turns "árvíztűrő" into "árvíztr"). Only LF, CRLF and CR end a line; form feeds, U+0085 or
+U+2028 do not (``str.splitlines`` would split there).
+"""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+from berth.errors import DataError
+
+BLOCK_BYTES = 1 << 20
+
+
+def invalid_utf8(path: Path, offset: int, byte: int) -> DataError:
+    """The error for a byte that is not UTF-8: names file, offset, and the command that repairs it."""
+    return DataError(
+        f"{path}: byte 0x{byte:02x} at offset {offset} is not UTF-8; convert the file first, for example "
+        f"'iconv -f ISO-8859-2 -t UTF-8 {path.name} > fixed.txt' with the encoding it really has"
+    )
+
+
+def read_blocks(path: Path) -> Iterator[str]:
+    """Yield the decoded text of ``path`` in pieces of about 1 MiB that end at a line end (the last one may not).
+
+    Line ends are normalised to ``\\n`` and a leading byte order mark is removed. Raises :class:`DataError` at the first
+    invalid byte and for a path that cannot be read as a file.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    pending: list[str] = []
+    offset, first = 0, True
+    try:
+        handle = open(path, "rb")
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(f"{path}: no such text file") from error
+    with handle:
+        while True:
+            block = handle.read(BLOCK_BYTES)
+            start = offset - len(decoder.getstate()[0])
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                raise invalid_utf8(path, start + error.start, error.object[error.start]) from None
+            offset += len(block)
+            if first and text:
+                text, first = text.removeprefix("\ufeff"), False
+            text = newlines.decode(text, final=not block)
+            head, end, tail = text.rpartition("\n")
+            if end:
+                yield "".join(pending) + head + end
+                pending = []
+            if tail:
+                pending.append(tail)
+            if not block:
+                break
+    if pending:
+        yield "".join(pending)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of ``path`` without their ends; errors as :func:`read_blocks`."""
+    for block in read_blocks(path):
+        lines = block.split("\n")
+        if not lines[-1]:
+            lines.pop()
+        yield from lines
+
+
+def text_files(path: Path) -> list[Path]:
+    """The text files of ``path``: itself, or every ``*.txt`` below a folder sorted by relative path.
+
+    Names that start with a dot are left out (temporary files, macOS resource forks). Raises :class:`DataError` when the
+    path is missing or holds no text file.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such file or folder")
+    relative = [found.relative_to(path) for found in path.rglob("*") if found.suffix.lower() == ".txt"]
+    kept = [name for name in relative if not any(part.startswith(".") for part in name.parts)]
+    files = [path / name for name in sorted(kept, key=lambda name: name.as_posix()) if (path / name).is_file()]
+    if not files:
+        raise DataError(f"{path}: no .txt file in this folder or below; put the text there as UTF-8 .txt files")
+    return files

@@ -1,0 +1,156 @@
+"""Samples -> the micro-batches of one optimizer step, as torch tensors.
+
+Step ``s`` of a run takes the next ``global_batch`` numbers of the stream. Rank ``r`` of ``W`` takes the ``r``-th of ``W`` equal
+contiguous slices, cuts it into ``accumulation`` micro-batches, and trims every micro-batch to its longest sequence. With
+``group_by_length`` the rank's slice is first sorted by length, which makes the micro-batches homogeneous and saves padding;
+the loss is normalised over the global batch, so the step stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from berth.records.reader import Rows, SampleStream
+
+PAD_MULTIPLE = 8
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """One forward pass. ``B`` sequences of ``S`` tokens, ``M`` masked tokens.
+
+    ``input_ids``, ``labels`` int64 [B, S] (labels -100 where not masked); ``attention_mask`` bool [B, S]; ``token_type_ids`` int64 [B, S];
+    ``next_sentence_label`` int64 [B]; ``masked_index`` int64 [M], flat positions of the labels.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor
+    labels: torch.Tensor
+    next_sentence_label: torch.Tensor
+    masked_index: torch.Tensor
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Copy to ``device`` without waiting for it."""
+        if device.type == "cpu":
+            return self
+        moved = (getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in dataclasses.fields(self))
+        return MicroBatch(*moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepBatch:
+    """What one rank feeds into one optimizer step.
+
+    ``first_sample``: stream number of the global batch's first sample; ``sequences``, ``tokens`` (real ones, without padding) and
+    ``masked`` count this rank's share; ``checksum``: CRC-32 of this rank's token ids in stream order, for the log.
+    """
+
+    first_sample: int
+    micro_batches: tuple[MicroBatch, ...]
+    sequences: int
+    tokens: int
+    masked: int
+    checksum: int
+
+
+def to_micro_batch(rows: Rows) -> MicroBatch:
+    """Turn rows into tensors: labels scattered to their positions, trailing padding common to all rows cut off."""
+    lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
+    width = int(lengths.max()) if len(rows) else 1
+    width = min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, rows.input_ids.shape[1])
+    # position 0 is always [CLS]; the first 0 ends the list of masked positions
+    valid = np.cumprod(rows.masked_lm_positions != 0, axis=1).astype(bool)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    row, column = np.nonzero(valid)
+    labels[row, rows.masked_lm_positions[row, column]] = rows.masked_lm_ids[row, column]
+    return MicroBatch(
+        input_ids=torch.from_numpy(rows.input_ids[:, :width].astype(np.int64)),
+        attention_mask=torch.from_numpy(rows.input_mask[:, :width].astype(bool)),
+        token_type_ids=torch.from_numpy(rows.segment_ids[:, :width].astype(np.int64)),
+        labels=torch.from_numpy(labels),
+        next_sentence_label=torch.from_numpy(rows.next_sentence_labels.astype(np.int64)),
+        masked_index=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut: the batch algebra of one rank."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world_size: int
+    group_by_length: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.micro_batch * self.accumulation * self.world_size == self.global_batch
+
+    def build(self, stream: SampleStream, first_sample: int) -> StepBatch:
+        """The micro-batches of the step that starts at ``first_sample``, for this rank."""
+        share = self.micro_batch * self.accumulation
+        rows = stream.rows(first_sample + self.rank * share, share)
+        checksum = zlib.crc32(np.ascontiguousarray(rows.input_ids))
+        lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
+        if self.group_by_length and self.accumulation > 1:
+            rows = rows.take(np.argsort(lengths, kind="stable"))
+        cuts = range(0, share, self.micro_batch)
+        micro = tuple(to_micro_batch(rows.take(slice(at, at + self.micro_batch))) for at in cuts)
+        return StepBatch(
+            first_sample, micro, share, int(lengths.sum()), sum(len(batch.masked_index) for batch in micro), checksum
+        )
+
+
+def step_batches(stream: SampleStream, plan: BatchPlan, first_sample: int, prefetch: int) -> Iterator[StepBatch]:
+    """Endless iterator over the steps' batches from ``first_sample`` on.
+
+    ``prefetch`` steps are prepared ahead by one thread (numpy and hdf5 release the interpreter lock for the heavy parts); 0
+    prepares them in the caller. An error in the thread is raised in the caller. Closing the iterator ends the thread.
+    """
+    if prefetch == 0:
+        while True:
+            yield plan.build(stream, first_sample)
+            first_sample += plan.global_batch
+    ready: queue.Queue[StepBatch | BaseException] = queue.Queue(maxsize=prefetch)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        at = first_sample
+        try:
+            while not stopped.is_set():
+                item = plan.build(stream, at)
+                at += plan.global_batch
+                _put(ready, item, stopped)
+        except BaseException as error:  # handed to the caller, which raises it
+            _put(ready, error, stopped)
+
+    thread = threading.Thread(target=produce, name="berth-batches", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join(timeout=10)
+
+
+def _put(ready: queue.Queue[StepBatch | BaseException], item: StepBatch | BaseException, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            ready.put(item, timeout=0.1)
+            return
+        except queue.Full:
+            continue

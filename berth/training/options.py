@@ -1,0 +1,306 @@
+"""Options of ``run_pretraining.py``: parsed once into a frozen dataclass, all mistakes reported together.
+
+The flags are those of the public scripts (FEATURES 1.1). One that no longer means anything is accepted with a notice when leaving it out
+changes nothing, and refused when the user would get something else than asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from berth.errors import ConfigError
+from berth.training.precision import PRECISIONS
+
+SCHEDULE_NAMES = ("poly", "linear", "cosine", "constant", "exponential")
+
+# flags that have no effect here, and why leaving them out changes nothing
+OBSOLETE_HARMLESS = {
+    "--do_train": "training is what this script does",
+    "--bert_model": "the model is what --config_file says",
+    "--num_train_epochs": "--max_steps decides the length",
+    "--use_env": "ranks are read from the environment anyway",
+    "--allreduce_post_accumulation": "gradients are always reduced once, after accumulation",
+    "--disable_jit_fusions": "no TorchScript fusion is used",
+    "--profile": "it never had an effect",
+    "--profile-start": "it never had an effect",
+    "--use_ib": "set NCCL_IB_DISABLE / NCCL_SOCKET_IFNAME in the environment",
+    "--gpu_memory_limit_gb": "memory is not limited by the program",
+}
+# flags that would change the result, and what to do instead
+OBSOLETE_REFUSED = {
+    "--cuda_graphs": "CUDA graphs are not implemented; run without it",
+    "--deepspeed_zero_stage": "optimizer sharding is not implemented; run without it",
+    "--masking": "records carry their masks; make them with create_pretraining_data.py",
+}
+_WITH_VALUE = {"--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Everything a pretraining run was asked to do. See ``--help`` for the meaning of each field; names are the flags'."""
+
+    input_dir: str
+    config_file: str
+    output_dir: str
+    vocab_file: str | None
+    eval_dir: str | None
+    max_seq_length: int | None
+    max_predictions_per_seq: int | None
+    objective: str
+    train_batch_size: int
+    gradient_accumulation_steps: int
+    max_steps: int
+    steps_this_run: int | None
+    optimizer: str
+    learning_rate: float
+    warmup_proportion: float
+    lr_schedule: str
+    lr_decay_rate: float
+    lr_decay_steps: int
+    lr_offset: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    precision: str
+    loss_scale: float
+    init_loss_scale: float
+    min_loss_scale: float
+    max_consecutive_skips: int
+    allreduce_post_accumulation_fp16: bool
+    checkpoint_activations: bool
+    no_dense_sequence_output: bool
+    no_group_by_length: bool
+    init_checkpoint: str | None
+    resume_from_checkpoint: bool
+    resume_step: int | None
+    resume_phase2: bool
+    force_resume: bool
+    phase2: bool
+    phase1_end_step: int | None
+    phase2_moments: str
+    phase2_step: str
+    num_steps_per_checkpoint: int
+    keep_checkpoints: int
+    skip_checkpoint: bool
+    log_freq: int
+    eval_freq: int
+    eval_samples: int
+    eval_batch_size: int | None
+    json_summary: str
+    tensorboard_dir: str | None
+    disable_progress_bar: bool
+    device: str | None
+    num_workers: int
+    timeout_min: float
+    notices: tuple[str, ...] = ()
+
+    @property
+    def phase(self) -> int:
+        """1 or 2."""
+        return 2 if self.phase2 else 1
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences of one forward pass: ``train_batch_size // gradient_accumulation_steps``."""
+        return self.train_batch_size // self.gradient_accumulation_steps
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors leave through :class:`ConfigError` like all others."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}; see run_pretraining.py --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser with its complete help."""
+    parser = _Parser(
+        prog="run_pretraining.py",
+        description="Pretrain BERT from hdf5 records (create_pretraining_data.py) with LAMB: phase 1 at sequence length 128, phase 2 at 512. "
+        "Runs as one process, or one process a GPU under torchrun, srun or mpirun.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+        epilog="The global batch is train_batch_size x number of processes; one forward pass takes train_batch_size / "
+        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 130 after Ctrl-C and 143 "
+        "after SIGTERM, both with a checkpoint saved.",
+    )
+    _add_data(parser.add_argument_group("data and model"))
+    _add_batch(parser.add_argument_group("batch, steps and optimizer"))
+    _add_precision(parser.add_argument_group("precision and memory"))
+    _add_resume(parser.add_argument_group("phases, start and resume"))
+    _add_output(parser.add_argument_group("checkpoints, logs and evaluation"))
+    _add_runtime(parser.add_argument_group("processes and devices"))
+    return parser
+
+
+def _add_data(group: Any) -> None:
+    add = group.add_argument
+    add("--input_dir", required=True, help="folder of training records (*.hdf5, those with 'training' in their name if any has it), or one file")
+    add("--config_file", required=True, help="BERT configuration, JSON with Hugging Face's keys; vocab_size is padded to a multiple of 8")
+    add("--output_dir", required=True, help="folder for checkpoints, manifest.json and logs; must not hold another run unless it is resumed")
+    add("--vocab_file", help="vocabulary the records were made with; checked against the records and the configuration")
+    add("--eval_dir", help="folder of held-out records ('test' in their names), evaluated at the start, every --eval_freq steps and at the end")
+    add("--max_seq_length", type=int, help="sequence length the records must have; what they have if not given")
+    add("--max_predictions_per_seq", type=int, help="predictions a sequence the records must have; what they have if not given")
+    add("--objective", choices=("mlm+nsp", "mlm"), default="mlm+nsp", help="masked tokens and next sentence, or masked tokens alone")
+
+
+def _add_batch(group: Any) -> None:
+    add = group.add_argument
+    add("--train_batch_size", type=int, default=32, help="sequences a process and optimizer step, before accumulation")
+    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes an optimizer step; must divide train_batch_size")
+    add("--max_steps", type=_whole, default=1000, help="optimizer steps of this phase; also the length of the learning-rate schedule")
+    add("--steps_this_run", type=int, help="stop (with a checkpoint) after this many steps of this process; the schedule does not change")
+    add("--optimizer", choices=("lamb", "adamw"), default="lamb", help="LAMB as in apex FusedLAMB, or AdamW with the same decay groups")
+    add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
+    add("--warmup_proportion", type=float, default=0.01, help="share of max_steps in which the rate rises from 0")
+    add("--lr_schedule", choices=SCHEDULE_NAMES, default="poly", help="poly: linear warm-up then sqrt(1 - t/T), as the LAMB recipe")
+    add("--lr_decay_rate", type=float, default=0.9, help="exponential schedule: factor every --lr_decay_steps")
+    add("--lr_decay_steps", type=int, default=250, help="exponential schedule: steps in which the rate falls by --lr_decay_rate")
+    add("--lr_offset", type=float, default=0.0, help="exponential schedule: added to the rate after warm-up")
+    add("--weight_decay", type=float, default=0.01, help="of all parameters but biases and LayerNorm")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the global gradient norm to this; 0 = off")
+    add("--seed", type=int, default=42, help="of initial weights, data order and dropout")
+
+
+def _add_precision(group: Any) -> None:
+    add = group.add_argument
+    add("--precision", choices=PRECISIONS, help="type of matrix products; parameters and optimizer state are always fp32 (default: fp32)")
+    add("--fp16", "--amp", dest="fp16", action="store_true", help="same as --precision fp16")
+    add("--loss_scale", type=float, default=0.0, help="0 = dynamic for fp16 and none otherwise; positive = static")
+    add("--init_loss_scale", type=float, default=2.0**20, help="first dynamic loss scale")
+    add("--min_loss_scale", type=float, default=1.0, help="dynamic loss scale never falls below this")
+    add("--max_consecutive_skips", type=int, default=50, help="give up after this many steps in a row with a non-finite gradient")
+    add("--allreduce_post_accumulation_fp16", action="store_true", help="send gradients between processes as fp16 (accumulation stays fp32)")
+    add("--checkpoint_activations", action="store_true", help="recompute each layer in the backward pass: less memory, about a third more time")
+    add("--no_dense_sequence_output", action="store_true", help="project every position onto the vocabulary, not only the masked ones (slow)")
+    add("--no_group_by_length", action="store_true", help="do not sort a step's sequences by length before cutting micro-batches")
+
+
+def _add_resume(group: Any) -> None:
+    add = group.add_argument
+    add("--phase2", action="store_true", help="this is phase 2: checkpoints count on from the phase-1 end")
+    add("--phase1_end_step", type=int, help="step at which phase 1 ended; read from its checkpoint if not given, checked if given")
+    add("--resume_from_checkpoint", action="store_true", help="continue from the newest good checkpoint in --output_dir; with --phase2 and only phase 1 there, enter phase 2; with none there, start")
+    add("--resume_step", type=int, help="resume from this ckpt_<step>.pt instead of the newest (-1 = newest)")
+    add("--resume_phase2", action="store_true", help="demand that a phase 2 checkpoint is there to continue")
+    add("--init_checkpoint", help="start from these weights: berth checkpoint, Hugging Face folder, safetensors or .bin/.pt; not used where a run is resumed")
+    add("--phase2_moments", choices=("keep", "reset"), default="keep", help="optimizer moments on entering phase 2")
+    add("--phase2_step", choices=("reset", "continue"), default="reset", help="optimizer step count (bias correction) on entering phase 2")
+    add("--force_resume", action="store_true", help="resume although seed, batch, recipe, data or vocabulary differ; what is overridden is logged")
+
+
+def _add_output(group: Any) -> None:
+    add = group.add_argument
+    add("--num_steps_per_checkpoint", type=int, default=100, help="optimizer steps between checkpoints")
+    add("--keep_checkpoints", type=int, default=3, help="newest checkpoints kept; phase ends are kept for ever")
+    add("--skip_checkpoint", action="store_true", help="write no checkpoint at all (benchmarks)")
+    add("--log_freq", type=_whole, default=1, help="optimizer steps between log records")
+    add("--eval_freq", type=int, default=0, help="optimizer steps between evaluations on --eval_dir; 0 = start and end only")
+    add("--eval_samples", type=int, default=0, help="held-out sequences to evaluate; 0 = all")
+    add("--eval_batch_size", type=int, help="sequences a forward pass in evaluation; the micro batch if not given")
+    add("--json-summary", "--json_summary", dest="json_summary", help="run log, DLLogger JSON lines, appended across restarts (default: <output_dir>/dllogger.json)")
+    add("--tensorboard_dir", help="folder for TensorBoard, 'none' for none (default: <output_dir>/tensorboard)")
+    add("--disable_progress_bar", action="store_true", help="plain log lines even on a terminal")
+
+
+def _add_runtime(group: Any) -> None:
+    add = group.add_argument
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu, if not given")
+    add("--num_workers", type=int, default=2, help="optimizer steps of data prepared ahead by a thread; 0 = none")
+    add("--timeout_min", type=float, default=30.0, help="minutes a collective waits for a missing rank before all fail")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)
+    for flag in {**OBSOLETE_HARMLESS, **OBSOLETE_REFUSED}:
+        kind: dict[str, Any] = {} if flag in _WITH_VALUE else {"action": "store_true"}
+        add(flag, dest="obsolete" + flag.replace("-", "_"), help=argparse.SUPPRESS, **kind)
+
+
+def _whole(text: str) -> int:
+    """A whole number, also when written as a float (``7038.``, which the public scripts' users type)."""
+    value = float(text)
+    if value != int(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
+    return int(value)
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Parse and check a command line.
+
+    Raises :class:`ConfigError` that lists every mistake, one a line.
+    """
+    values = vars(build_parser().parse_args(list(argv)))
+    problems: list[str] = []
+    notices = _obsolete(values, problems)
+    values.pop("local_rank")
+    fp16 = values.pop("fp16")
+    if fp16 and values["precision"] not in (None, "fp16"):
+        problems.append(f"--fp16 contradicts --precision {values['precision']}; give one of them")
+    values["precision"] = "fp16" if fp16 else values["precision"] or "fp32"
+    values["json_summary"] = values["json_summary"] or str(Path(values["output_dir"]) / "dllogger.json")
+    if values["tensorboard_dir"] is None:
+        values["tensorboard_dir"] = str(Path(values["output_dir"]) / "tensorboard")
+    elif values["tensorboard_dir"] == "none":
+        values["tensorboard_dir"] = None
+    for name in ("resume_step", "steps_this_run"):  # the public scripts' way of saying "not given"
+        if values[name] == -1:
+            values[name] = None
+    options = Options(**values, notices=tuple(notices))
+    problems += _problems(options)
+    if problems:
+        raise ConfigError("\n  ".join(problems) if len(problems) == 1 else "several options are wrong:\n  " + "\n  ".join(problems))
+    return options
+
+
+def _obsolete(values: dict[str, Any], problems: list[str]) -> list[str]:
+    notices = []
+    for flag, reason in OBSOLETE_HARMLESS.items():
+        if values.pop("obsolete" + flag.replace("-", "_")) and flag not in ("--do_train", "--allreduce_post_accumulation"):
+            notices.append(f"{flag} has no effect: {reason}")
+    for flag, reason in OBSOLETE_REFUSED.items():
+        if values.pop("obsolete" + flag.replace("-", "_")):
+            problems.append(f"{flag}: {reason}")
+    return notices
+
+
+def _problems(options: Options) -> list[str]:
+    found: list[str] = []
+
+    def rule(good: bool, message: str) -> None:
+        if not good:
+            found.append(message)
+
+    at_least_one = (
+        "train_batch_size", "gradient_accumulation_steps", "max_steps", "num_steps_per_checkpoint", "keep_checkpoints", "log_freq",
+        "max_consecutive_skips", "lr_decay_steps", "steps_this_run", "max_seq_length", "max_predictions_per_seq", "eval_batch_size",
+    )  # fmt: skip
+    for name in at_least_one:
+        value = getattr(options, name)
+        rule(value is None or value >= 1, f"--{name} is {value}, it must be at least 1")
+    for name in ("num_workers", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed"):
+        value = getattr(options, name)
+        rule(value >= 0, f"--{name} is {value}, it must not be negative")
+    for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "timeout_min", "lr_decay_rate"):
+        value = getattr(options, name)
+        rule(0 < value < float("inf"), f"--{name} is {value}, it must be positive and finite")
+    rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")
+    size, cuts = options.train_batch_size, options.gradient_accumulation_steps
+    if size >= 1 and cuts >= 1 and size % cuts:
+        near = f"{size - size % cuts} or {size - size % cuts + cuts}" if size > cuts else str(cuts)
+        rule(False, f"--train_batch_size {size} is not divisible by --gradient_accumulation_steps {cuts}; the nearest that is: {near}")
+    rule(options.phase2 or options.phase1_end_step is None, "--phase1_end_step belongs to --phase2; drop it or add --phase2")
+    rule(options.phase2 or not options.resume_phase2, "--resume_phase2 belongs to --phase2; drop it or add --phase2")
+    rule(not options.eval_freq or options.eval_dir is not None, "--eval_freq needs --eval_dir")
+    for name in ("config_file", "vocab_file"):
+        path = getattr(options, name)
+        rule(path is None or Path(path).is_file(), f"--{name} {path} does not exist")
+    return found
+
+
+def effective_text(options: Options) -> str:
+    """The options as JSON, for the run log."""
+    return json.dumps(dataclasses.asdict(options), sort_keys=True)

@@ -1,0 +1,84 @@
+"""Precision: what runs in which type, and the loss scale that fp16 needs.
+
+Parameters, gradients, reduction and optimizer state are fp32 in every mode; ``bf16`` and ``fp16`` only choose the type
+matrix products run in (autocast). The loss scaler is berth's own because torch's has no floor: without one a diverged run
+halves its scale for ever and skips every step in silence (FEATURES P18).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+
+
+@dataclasses.dataclass
+class LossScaler:
+    """Dynamic or static loss scale.
+
+    Dynamic: after an overflow the scale is multiplied by ``backoff_factor`` (not below ``floor``) and the step skipped; after
+    ``growth_interval`` good steps in a row it is multiplied by ``growth_factor``. ``dynamic=False`` keeps it, and still skips.
+    """
+
+    scale: float = 2.0**20
+    dynamic: bool = True
+    floor: float = 1.0
+    ceiling: float = 2.0**24
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    good_steps: int = 0
+
+    def update(self, overflow: bool) -> None:
+        """Account for one step that overflowed or not."""
+        if not self.dynamic:
+            return
+        if overflow:
+            self.scale = max(self.floor, self.scale * self.backoff_factor)
+            self.good_steps = 0
+            return
+        self.good_steps += 1
+        if self.good_steps % self.growth_interval == 0:
+            self.scale = min(self.ceiling, self.scale * self.growth_factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take a checkpoint's scale; a static scale given on the command line stays."""
+        if self.dynamic:
+            self.scale, self.good_steps = float(state["scale"]), int(state["good_steps"])
+
+
+@dataclasses.dataclass
+class Precision:
+    """One precision mode, chosen before the loop: ``autocast()`` around the forward pass, ``scaler`` for the loss."""
+
+    name: str
+    device_type: str
+    scaler: LossScaler
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context for the forward pass."""
+        if self.name in ("fp32", "tf32"):
+            return contextlib.nullcontext()
+        return torch.autocast(self.device_type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+
+
+def make_precision(name: str, device_type: str, loss_scale: float, init_loss_scale: float, floor: float) -> Precision:
+    """Build a precision mode and set torch's matrix-product mode for fp32 (``tf32`` lets CUDA round to TF32).
+
+    Args:
+        loss_scale: 0 = dynamic (fp16), otherwise a static scale. Modes other than fp16 use no scale unless one is given.
+    """
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    if loss_scale:
+        return Precision(name, device_type, LossScaler(scale=loss_scale, dynamic=False))
+    if name == "fp16":
+        return Precision(name, device_type, LossScaler(scale=init_loss_scale, floor=floor))
+    return Precision(name, device_type, LossScaler(scale=1.0, dynamic=False))

@@ -1,0 +1,634 @@
+"""LAMB, AdamW and the learning-rate schedules of BERT pretraining. Needs torch and the standard library only.
+
+::
+
+    groups = parameter_groups(model, weight_decay=0.01)
+    optimizer = Lamb(groups, lr=6e-3)
+    schedule = make_schedule("poly", base_lr=6e-3, warmup=0.2843, total_steps=7038)
+    for t in range(1, 7039):            # t counts the steps that were *taken*; a skipped step repeats its t
+        loss.backward()
+        schedule.apply(optimizer, t)
+        optimizer.step(grad_scale=scale, found_inf=overflow)
+
+The ways :class:`Lamb` differs from the paper (You et al. 2019, arXiv:1904.00962) are those of apex's ``FusedLAMB``,
+with which the published BERT recipes were made: the gradient is clipped to a global norm before it enters the moments, a
+group has one step count, the trust ratio has no clamp, and tensors without weight decay (bias, LayerNorm) take the
+plain rate.
+
+Rejected: ``torch.linalg.vector_norm`` of a whole tensor on the CPU (0.2 % too small on a BERT-large embedding, see
+:func:`_cpu_norm`); a clamp on the trust ratio (DeepSpeed's variant: another recipe); storing the update in the gradient
+buffer (apex: the update loses bits in half precision).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NO_DECAY = ("bias", "gamma", "beta", "LayerNorm")
+"""A parameter whose name contains one of these is not decayed (and, in LAMB, has no trust ratio)."""
+
+_CHUNK_ELEMENTS = 1 << 26
+"""Elements updated at once by the foreach path: bounds its two temporary copies to 256 MiB each in float32."""
+
+_NORM_ROW = 512
+"""Length of the rows whose norms are taken in float32 on the CPU before they are added up in float64."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameter groups
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(
+    model_or_named_parameters: nn.Module | Iterable[tuple[str, Tensor]], weight_decay: float = 0.01
+) -> list[dict[str, Any]]:
+    """Two optimizer groups, always in this order: decayed, not decayed (:data:`NO_DECAY`, by substring of the name).
+
+    Each group is ``{"params": [tensor, ...], "param_names": [str, ...], "weight_decay": float}`` in the order of
+    ``named_parameters()``; names are plain strings: they survive ``state_dict`` and ``torch.load(weights_only=True)``.
+    Tied parameters are taken once (under their first name), parameters that need no gradient are left out, and the
+    wrappers' prefixes ``module.`` and ``_orig_mod.`` are removed from names. BERT-large: 150 tensors decayed, 248 not.
+
+    Raises ``ValueError`` when nothing is trainable or ``weight_decay`` is negative.
+    """
+    _check("weight_decay", weight_decay, weight_decay >= 0, "a finite number >= 0")
+    named = model_or_named_parameters
+    if isinstance(named, nn.Module):
+        named = named.named_parameters()
+    decayed: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, parameter in named:
+        if id(parameter) in seen or not parameter.requires_grad:
+            continue
+        seen.add(id(parameter))
+        name = name.replace("_orig_mod.", "").removeprefix("module.")
+        (plain if any(part in name for part in NO_DECAY) else decayed)[name] = parameter
+    if not seen:
+        raise ValueError("parameter_groups: no parameter requires a gradient")
+    return [
+        {"params": list(decayed.values()), "param_names": list(decayed), "weight_decay": float(weight_decay)},
+        {"params": list(plain.values()), "param_names": list(plain), "weight_decay": 0.0},
+    ]
+
+
+def adamw(
+    params: Iterable[Any],
+    lr: float = 1e-4,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    fused: bool | None = None,
+) -> torch.optim.AdamW:
+    """``torch.optim.AdamW`` over the groups of :func:`parameter_groups` (a group's own ``weight_decay`` wins).
+
+    ``fused=None`` takes torch's fused kernels when every parameter is on a CUDA device. Unlike :class:`Lamb` it neither
+    clips nor unscales: the caller does both before ``step()``. eps is 1e-6 as in BERT, not torch's 1e-8.
+    """
+    _check_adam(lr, betas, eps, weight_decay)
+    groups = list(params)
+    if fused is None:
+        tensors = [t for group in groups for t in (group["params"] if isinstance(group, dict) else [group])]
+        fused = bool(tensors) and all(t.is_cuda for t in tensors)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
+
+
+def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Set the step count of bias correction (:class:`Lamb` and AdamW), the moments stay as they are.
+
+    ``set_step(optimizer, 0)`` on loaded moments is how the published recipe begins phase 2.
+    """
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = int(step)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(float(step))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LAMB
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Lamb(torch.optim.Optimizer):
+    r"""LAMB with the semantics of apex ``FusedLAMB``.
+
+    For every step, with :math:`G` the 2-norm of all (unscaled) gradients of all groups together::
+
+        c = G / max_grad_norm  if G > max_grad_norm else 1
+        s = g / c                                   (+ wd * p  if not adam_w_mode)
+        m = b1 * m + b3 * s                         b3 = 1 - b1 if grad_averaging else 1
+        v = b2 * v + (1 - b2) * s^2
+        u = (m / c1) / (sqrt(v / c2) + eps)         (+ wd * p  if adam_w_mode);  c_i = 1 - b_i^step with bias_correction
+        r = |p| / |u|  if (wd != 0 or use_nvlamb) and |p| != 0 and |u| != 0  else 1
+        p = p - lr * r * u
+
+    Norms are per tensor. The mathematics is float32 whatever the parameters' type (float64 for float64 parameters);
+    half-precision parameters are computed in float32 and rounded once when written, so without a float32 master copy
+    small updates are lost: prefer float32 parameters with autocast. Moments ``exp_avg`` and ``exp_avg_sq`` are float32.
+    ``step`` is an ``int`` of the group that counts the steps taken (every group counts each of them, as in apex).
+
+    Per group: ``lr betas eps weight_decay bias_correction grad_averaging step``. For the whole optimizer (not in its
+    ``state_dict``): ``max_grad_norm`` (0, ``None`` or infinity switch clipping off), ``adam_w_mode``, ``use_nvlamb``,
+    ``foreach``. ``foreach=None`` takes the batched ``torch._foreach_*`` path for tensors on CUDA and the loop over
+    tensors elsewhere (the faster one on a CPU: it stays in the cache).
+
+    ``step()`` leaves gradients untouched and skips parameters without one (if none has one, it does nothing). It does
+    not look for NaN itself: the caller says so through ``found_inf``.
+    """
+
+    grad_norm: Tensor | None
+    """Unscaled 2-norm of all gradients before clipping, of the last step taken (float64 ``[]``); ``None`` before it."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        max_grad_norm: float | None = 1.0,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        adam_w_mode: bool = True,
+        use_nvlamb: bool = False,
+        foreach: bool | None = None,
+    ) -> None:
+        limit = math.inf if max_grad_norm is None or max_grad_norm == 0 else max_grad_norm
+        if isinstance(limit, bool) or not limit > 0:
+            raise ValueError(f"max_grad_norm must be > 0, or 0, None or inf for no clipping; got {max_grad_norm!r}")
+        self.max_grad_norm = float(limit)
+        self.adam_w_mode = adam_w_mode
+        self.use_nvlamb = use_nvlamb
+        self.foreach = foreach
+        self.grad_norm = None
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "bias_correction": bias_correction,
+                "grad_averaging": grad_averaging,
+            },
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("max_grad_norm", "adam_w_mode", "use_nvlamb", "foreach", "grad_norm")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; checks the group's values (``ValueError``) and starts its ``step`` at 0."""
+        merged = {**self.defaults, **param_group}
+        _check_adam(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        param_group.setdefault("step", 0)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for index, parameter in enumerate(group["params"]):
+            if not parameter.is_floating_point():
+                raise ValueError(f"Lamb needs floating-point parameters; {_name(group, index)} is {parameter.dtype}")
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        grad_scale: float | Tensor | None = None,
+        found_inf: bool | Tensor | None = None,
+        grad_norm: float | Tensor | None = None,
+    ) -> Any:
+        """Take one step; returns what ``closure`` returned (``None`` without one).
+
+        ``grad_scale``: gradients are divided by it (loss scaling). ``found_inf``: when true nothing at all changes, the
+        step counts included (reading a GPU tensor here waits for it). ``grad_norm``: the *unscaled* norm of all
+        gradients, when the caller knows it already; it is then not computed.
+        Raises ``RuntimeError`` for a sparse gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if found_inf is not None and bool(found_inf):
+            return loss
+        work = [(group, self._pairs(group)) for group in self.param_groups]
+        all_gradients = [gradient for _, pairs in work for _, gradient in pairs]
+        if not all_gradients:
+            return loss
+        divisor = self._divisor(all_gradients, grad_scale, grad_norm)
+        for group, pairs in work:
+            group["step"] += 1
+            rule = _Rule.of(group, self.adam_w_mode, self.use_nvlamb)
+            on_gpu, elsewhere = self._split_by_path(pairs)
+            for parameter, gradient in elsewhere:
+                _update_tensor(rule, parameter, gradient, *self._moments(parameter), divisor)
+            for chunk in _chunks(on_gpu):
+                parameters, gradients = [p for p, _ in chunk], [g for _, g in chunk]
+                firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))
+                _update_chunk(rule, parameters, gradients, firsts, seconds, divisor)
+        return loss
+
+    def _pairs(self, group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """The group's (parameter, gradient) pairs, parameters without a gradient left out."""
+        pairs = []
+        for index, parameter in enumerate(group["params"]):
+            if parameter.grad is None:
+                continue
+            if parameter.grad.is_sparse:
+                raise RuntimeError(f"Lamb does not take sparse gradients; {_name(group, index)} has one")
+            pairs.append((parameter, parameter.grad))
+        return pairs
+
+    def _split_by_path(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Any], list[Any]]:
+        """Pairs for the foreach path and pairs for the loop."""
+        if self.foreach is not None:
+            return (pairs, []) if self.foreach else ([], pairs)
+        return [pair for pair in pairs if pair[0].is_cuda], [pair for pair in pairs if not pair[0].is_cuda]
+
+    def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(parameter, dtype=_math_dtype(parameter), memory_format=torch.preserve_format)
+        return state["exp_avg"], state["exp_avg_sq"]
+
+    def _divisor(self, gradients: list[Tensor], grad_scale: Any, grad_norm: Any) -> Tensor:
+        """What every gradient is divided by: loss scale times clip factor (float64 ``[]``). Sets ``self.grad_norm``."""
+        device = gradients[0].device
+        scale = torch.as_tensor(1.0 if grad_scale is None else grad_scale, device=device).double().reshape(())
+        if grad_norm is None:
+            norms = torch.stack([norm.to(device, torch.float64) for norm in _norms(gradients)])
+            total = torch.linalg.vector_norm(norms) / scale
+        else:
+            total = torch.as_tensor(grad_norm, device=device).double().reshape(())
+        self.grad_norm = total
+        return scale * torch.where(total > self.max_grad_norm, total / self.max_grad_norm, torch.ones_like(total))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a ``state_dict``: bitwise, moments stay float32 even when parameters are not, nothing is shared with it.
+
+        The state of apex's ``FusedLAMB`` over the same groups loads too. Group values in it (rates included) replace
+        the current ones. ``ValueError`` names what does not fit: number or size of groups, parameter names (where both
+        sides have them), the shape of a moment, the state of another optimizer. Nothing has changed then.
+        """
+        saved_groups = state_dict["param_groups"]
+        sizes, saved_sizes = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
+        for number, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+            _check_same_names(number, group.get("param_names"), saved.get("param_names"))
+        if sizes != saved_sizes:
+            raise ValueError(f"parameter groups of {sizes} tensors do not match the saved groups of {saved_sizes}")
+        saved_ids = [identity for saved in saved_groups for identity in saved["params"]]
+        named = [(p, _name(group, i)) for group in self.param_groups for i, p in enumerate(group["params"])]
+        targets = dict(zip(saved_ids, named, strict=True))
+        restored: dict[Tensor, dict[str, Tensor]] = {}
+        for identity, moments in state_dict["state"].items():
+            if identity not in targets:
+                raise ValueError(f"optimizer state {identity!r} belongs to none of the saved parameter groups")
+            parameter, name = targets[identity]
+            restored[parameter] = _restored_moments(name, parameter, moments)
+        # torch casts state to the type of the parameter and shares storage with the input; it gets the groups only.
+        super().load_state_dict({**state_dict, "state": {}})
+        for group in self.param_groups:
+            group["step"] = int(group.get("step", 0))
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+        self.state.update(restored)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The numbers of one group's update at one step."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    beta3: float  # weight of the gradient in the first moment
+    correction1: float
+    correction2_root: float
+    eps: float
+    gradient_decay: float  # weight decay added to the gradient (L2) ...
+    update_decay: float  # ... or to the update (decoupled); one of them is 0
+    trust_ratio: bool
+
+    @classmethod
+    def of(cls, group: dict[str, Any], adam_w_mode: bool, use_nvlamb: bool) -> _Rule:
+        beta1, beta2 = group["betas"]
+        corrected, step, decay = group["bias_correction"], group["step"], group["weight_decay"]
+        return cls(
+            lr=float(group["lr"]),
+            beta1=beta1,
+            beta2=beta2,
+            beta3=1.0 - beta1 if group["grad_averaging"] else 1.0,
+            correction1=1.0 - beta1**step if corrected else 1.0,
+            correction2_root=math.sqrt(1.0 - beta2**step) if corrected else 1.0,
+            eps=group["eps"],
+            gradient_decay=0.0 if adam_w_mode else decay,
+            update_decay=decay if adam_w_mode else 0.0,
+            trust_ratio=use_nvlamb or decay != 0,
+        )
+
+
+def _update_tensor(rule: _Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:
+    """One tensor's update, in place on ``parameter`` and its moments."""
+    weight = parameter.to(first.dtype)  # the parameter itself unless it is half precision
+    scratch = gradient.to(first.dtype) / divisor.to(parameter.device, first.dtype)
+    if rule.gradient_decay:
+        scratch.add_(weight, alpha=rule.gradient_decay)
+    first.mul_(rule.beta1).add_(scratch, alpha=rule.beta3)
+    second.mul_(rule.beta2).addcmul_(scratch, scratch, value=1.0 - rule.beta2)
+    torch.sqrt(second, out=scratch).div_(rule.correction2_root).add_(rule.eps)
+    update = torch.div(first, scratch, out=scratch).div_(rule.correction1)
+    if rule.update_decay:
+        update.add_(weight, alpha=rule.update_decay)
+    if rule.trust_ratio:
+        update.mul_(_trust_ratios(_norms([weight]), _norms([update]))[0])
+    weight.add_(update, alpha=-rule.lr)
+    if parameter.dtype != weight.dtype:
+        parameter.copy_(weight)
+
+
+def _update_chunk(
+    rule: _Rule,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    firsts: list[Tensor],
+    seconds: list[Tensor],
+    divisor: Tensor,
+) -> None:
+    """The same for a list of tensors of one device and type, in a few batched kernels that do not wait for the GPU."""
+    dtype, device = firsts[0].dtype, firsts[0].device
+    half = parameters[0].dtype != dtype
+    weights = [p.to(dtype) for p in parameters] if half else parameters
+    scaled = torch._foreach_div([g.to(dtype) for g in gradients], divisor.to(device, dtype))
+    if rule.gradient_decay:
+        torch._foreach_add_(scaled, weights, alpha=rule.gradient_decay)
+    torch._foreach_mul_(firsts, rule.beta1)
+    torch._foreach_add_(firsts, scaled, alpha=rule.beta3)
+    torch._foreach_mul_(seconds, rule.beta2)
+    torch._foreach_addcmul_(seconds, scaled, scaled, value=1.0 - rule.beta2)
+    del scaled
+    denominators = torch._foreach_sqrt(seconds)
+    torch._foreach_div_(denominators, rule.correction2_root)
+    torch._foreach_add_(denominators, rule.eps)
+    updates = torch._foreach_div(firsts, denominators)
+    torch._foreach_div_(updates, rule.correction1)
+    if rule.update_decay:
+        torch._foreach_add_(updates, weights, alpha=rule.update_decay)
+    if rule.trust_ratio:
+        torch._foreach_mul_(updates, _trust_ratios(_norms(weights), _norms(updates)))
+    torch._foreach_add_(weights, updates, alpha=-rule.lr)
+    if half:
+        torch._foreach_copy_(parameters, weights)
+
+
+def _trust_ratios(weight_norms: list[Tensor], update_norms: list[Tensor]) -> tuple[Tensor, ...]:
+    """N ratios (``[]`` each) |p| / |u|, 1 where either is zero."""
+    weight, update = torch.stack(weight_norms), torch.stack(update_norms)
+    return torch.where((weight != 0) & (update != 0), weight / update, torch.ones_like(weight)).unbind()
+
+
+def _chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Lists of pairs of one device and type, of at most :data:`_CHUNK_ELEMENTS` elements (or one larger tensor)."""
+    kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for pair in pairs:
+        kinds.setdefault((pair[0].device, pair[0].dtype), []).append(pair)
+    for same_kind in kinds.values():
+        chunk: list[tuple[Tensor, Tensor]] = []
+        elements = 0
+        for pair in same_kind:
+            if chunk and elements + pair[0].numel() > _CHUNK_ELEMENTS:
+                yield chunk
+                chunk, elements = [], 0
+            chunk.append(pair)
+            elements += pair[0].numel()
+        yield chunk
+
+
+def _math_dtype(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """2-norms ``[]`` (float32; float64 for float64 tensors) in input order, each on the device of its tensor."""
+    norms: list[Any] = [None] * len(tensors)
+    on_gpu: dict[Any, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        if tensor.is_cuda:
+            on_gpu.setdefault((tensor.device, tensor.dtype), []).append(index)
+        else:
+            norms[index] = _cpu_norm(tensor)
+    for (_, dtype), indices in on_gpu.items():
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        together = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide)
+        for index, norm in zip(indices, together, strict=True):
+            norms[index] = norm
+    return norms
+
+
+def _cpu_norm(tensor: Tensor) -> Tensor:
+    """Norms of short rows in float32, then their norm in float64.
+
+    Over the 31 million elements of a BERT-large embedding: relative error 2e-10 in 1.8 ms, against 2e-3 in 3.4 ms for
+    ``vector_norm`` of the whole tensor and 4e-13 in 70 ms for it in float64 (torch 2.13, two cores, 2026-11-21).
+    """
+    dtype = _math_dtype(tensor)
+    flat = tensor.reshape(-1).to(dtype)
+    whole = flat.numel() // _NORM_ROW * _NORM_ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1)
+    rest = torch.linalg.vector_norm(flat[whole:]).reshape(1)
+    return torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(dtype)
+
+
+def _name(group: dict[str, Any], index: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[index]!r}" if names else f"parameter number {index} of its group"
+
+
+def _check_same_names(number: int, current: list[str] | None, saved: list[str] | None) -> None:
+    if current is None or saved is None or list(current) == list(saved):
+        return
+    missing = [name for name in current if name not in set(saved)]
+    extra = [name for name in saved if name not in set(current)]
+    raise ValueError(
+        f"parameter group {number} differs from the saved one: {len(current)} parameters here, {len(saved)} saved; "
+        f"not saved: {missing[:3]}; saved only: {extra[:3]}" + ("" if missing or extra else "; same names, other order")
+    )
+
+
+def _restored_moments(name: str, parameter: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
+    if set(saved) != {"exp_avg", "exp_avg_sq"}:
+        raise ValueError(f"the saved state of {name} has {sorted(saved)} (LAMB's: exp_avg, exp_avg_sq): another optimizer wrote it")
+    for key, value in saved.items():
+        if value.shape != parameter.shape:
+            raise ValueError(f"saved {key} of {name} has shape {list(value.shape)}, not {list(parameter.shape)}")
+    return {key: value.to(device=parameter.device, dtype=_math_dtype(parameter), copy=True) for key, value in saved.items()}
+
+
+def _check(name: str, value: Any, good: bool, rule: str) -> None:
+    if isinstance(value, bool) or not good or not math.isfinite(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    _check("lr", lr, lr >= 0, "a finite number >= 0")
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, got {betas!r}")
+    for index, beta in enumerate(betas):
+        _check(f"betas[{index}]", beta, 0 <= beta < 1, "in [0, 1)")
+    _check("eps", eps, eps >= 0, "a finite number >= 0")
+    _check("weight_decay", weight_decay, weight_decay >= 0, "a finite number >= 0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a pure function of the optimizer step ``t`` = 1 .. ``total_steps``, in Python floats.
+
+    ``warmup`` is a fraction of ``total_steps``; below it the rate rises linearly from 0 (``base_lr * p / warmup`` with
+    ``p = t / total_steps``), from it on the subclass decides. ``t`` counts steps taken, so a skipped step does not
+    advance the schedule. Construction checks the values (``ValueError``).
+    """
+
+    base_lr: float
+    warmup: float
+    total_steps: int
+
+    def __post_init__(self) -> None:
+        _check("base_lr", self.base_lr, self.base_lr >= 0, "a finite number >= 0")
+        _check("warmup", self.warmup, 0 <= self.warmup <= 1, "a fraction of the steps in [0, 1]")
+        if isinstance(self.total_steps, bool) or not isinstance(self.total_steps, int) or self.total_steps < 1:
+            raise ValueError(f"total_steps must be a whole number >= 1, got {self.total_steps!r}")
+
+    def lr(self, step: int) -> float:
+        """Rate of optimizer step ``step`` (the first is 1). ``ValueError`` outside 1 .. ``total_steps``."""
+        if not 1 <= step <= self.total_steps:
+            raise ValueError(f"optimizer step {step} is outside the schedule's 1..{self.total_steps} steps")
+        progress = step / self.total_steps
+        if progress < self.warmup:
+            return self._rise(progress / self.warmup)
+        return self._after(step, progress)
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Set the rate of ``step`` in all groups (times a group's own ``lr_scale``, if it has one) and return it."""
+        rate = self.lr(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        return rate
+
+    def _rise(self, part: float) -> float:
+        """Rate at ``part`` in (0, 1) of the warm-up."""
+        return self.base_lr * part
+
+    def _after(self, step: int, progress: float) -> float:
+        """Rate at and after the end of warm-up; ``progress`` in (0, 1]."""
+        raise NotImplementedError
+
+    def _remaining(self, progress: float) -> float:
+        """What is left of the time after warm-up: 1 at its end, 0 at the last step."""
+        return (1.0 - progress) / (1.0 - self.warmup) if self.warmup < 1 else 0.0
+
+
+@dataclass(frozen=True)
+class PolyWarmUp(Schedule):
+    """``base_lr * (1 - p)**degree``: the schedule of the published recipes (degree 0.5).
+
+    The decay starts from step 0, not from the end of warm-up, so the rate drops by the factor ``(1 - warmup)**degree``
+    there (-15.4 % for 0.2843); the last step has rate 0. Both belong to the recipe.
+    """
+
+    degree: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("degree", self.degree, self.degree > 0, "a finite number > 0")
+
+    def _after(self, step: int, progress: float) -> float:
+        return self.base_lr * (1.0 - progress) ** self.degree
+
+
+@dataclass(frozen=True)
+class LinearWarmUp(Schedule):
+    """``base_lr * (1 - p) / (1 - warmup)``: from ``base_lr`` at the end of warm-up to 0 at the last step."""
+
+    def _after(self, step: int, progress: float) -> float:
+        return self.base_lr * self._remaining(progress)
+
+
+@dataclass(frozen=True)
+class CosineWarmUp(Schedule):
+    """Half a cosine wave from ``base_lr`` at the end of warm-up to 0 at the last step."""
+
+    def _after(self, step: int, progress: float) -> float:
+        return self.base_lr * 0.5 * (1.0 - math.cos(math.pi * self._remaining(progress)))
+
+
+@dataclass(frozen=True)
+class ConstantWarmUp(Schedule):
+    """``base_lr`` after warm-up."""
+
+    def _after(self, step: int, progress: float) -> float:
+        return self.base_lr
+
+
+@dataclass(frozen=True)
+class ExponentialWarmUp(Schedule):
+    """``base_lr * (p / warmup)**warmup_degree`` first, then ``base_lr * decay_rate**((t - warmup * T) / decay_steps)``.
+
+    ``lr_offset`` is added to both. The defaults are DeepSpeed's BERT recipe (its ``EE`` schedule: phase 1 offset 1e-3,
+    phase 2 decay_steps 150 and offset 0); AzureML's is warmup_degree 1, decay_rate 0.99, decay_steps 1000.
+    """
+
+    warmup_degree: float = 2.0
+    decay_rate: float = 0.9
+    decay_steps: float = 250.0
+    lr_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check("warmup_degree", self.warmup_degree, self.warmup_degree > 0, "a finite number > 0")
+        _check("decay_rate", self.decay_rate, 0 < self.decay_rate <= 1, "in (0, 1]")
+        _check("decay_steps", self.decay_steps, self.decay_steps > 0, "a finite number > 0")
+        _check("lr_offset", self.lr_offset, self.lr_offset >= 0, "a finite number >= 0")
+
+    def _rise(self, part: float) -> float:
+        return self.base_lr * part**self.warmup_degree + self.lr_offset
+
+    def _after(self, step: int, progress: float) -> float:
+        steps_after = step - self.warmup * self.total_steps
+        return self.base_lr * self.decay_rate ** (steps_after / self.decay_steps) + self.lr_offset
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "poly": PolyWarmUp,
+    "linear": LinearWarmUp,
+    "cosine": CosineWarmUp,
+    "constant": ConstantWarmUp,
+    "exponential": ExponentialWarmUp,
+}
+"""Schedule classes by the name used on the command line."""
+
+
+def make_schedule(name: str, base_lr: float, warmup: float, total_steps: int, **options: float) -> Schedule:
+    """The schedule called ``name`` (:data:`SCHEDULES`); ``options`` are the extra fields of its class.
+
+    ``ValueError`` lists the valid names, or the valid options of that schedule.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"no learning-rate schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    kind = SCHEDULES[name]
+    valid = [field.name for field in fields(kind) if field.name not in ("base_lr", "warmup", "total_steps")]
+    unknown = sorted(set(options) - set(valid))
+    if unknown:
+        raise ValueError(f"schedule {name!r} has no option {', '.join(unknown)}; it takes {', '.join(valid) if valid else 'none'}")
+    return kind(base_lr, warmup, total_steps, **options)
