@@ -534,6 +534,11 @@ def _take_rows(x_BSH: Tensor, rows_R: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
+def _fp32(x: Tensor) -> Tensor:
+    """fp16 and bf16 as fp32; fp64 stays, so that a float64 reference is one throughout."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class VocabularyCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy of [M, V] logits in fp32, without an fp32 copy of them.
 
@@ -547,8 +552,8 @@ class VocabularyCrossEntropy(torch.autograd.Function):
         counted_M = labels_M != IGNORED_LABEL
         targets_M = labels_M.masked_fill(~counted_M, 0)
         chunks = logits_MV.split(VocabularyCrossEntropy.rows_at_once(logits_MV))
-        log_sum_M = torch.cat([chunk.float().logsumexp(dim=-1) for chunk in chunks])
-        target_logits_M = logits_MV.gather(1, targets_M[:, None]).squeeze(1).float()
+        log_sum_M = torch.cat([_fp32(chunk).logsumexp(dim=-1) for chunk in chunks])
+        target_logits_M = _fp32(logits_MV.gather(1, targets_M[:, None]).squeeze(1))
         ctx.save_for_backward(logits_MV, log_sum_M, targets_M, counted_M)
         return torch.where(counted_M, log_sum_M - target_logits_M, 0.0).sum()
 
@@ -560,7 +565,7 @@ class VocabularyCrossEntropy(torch.autograd.Function):
         parts = (logits_MV, grad_MV, log_sum_M[:, None], targets_M[:, None], weight_M[:, None])
         rows = VocabularyCrossEntropy.rows_at_once(logits_MV)
         for logits, grad, log_sum, target, weight in zip(*(part.split(rows) for part in parts), strict=True):
-            probabilities = (logits.float() - log_sum).exp_().mul_(weight)
+            probabilities = (_fp32(logits) - log_sum).exp_().mul_(weight)
             grad.copy_(probabilities.scatter_add_(1, target, -weight))
         return grad_MV, None
 
@@ -580,7 +585,7 @@ def _summed_over(
     """
     logits, labels = logits.flatten(0, -2), labels.reshape(-1)
     if logits.shape[1] < _LARGE_VOCABULARY or ignored != IGNORED_LABEL or torch.compiler.is_compiling():
-        total = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
+        total = F.cross_entropy(_fp32(logits), labels, ignore_index=ignored, reduction="sum")
     else:
         total = VocabularyCrossEntropy.apply(logits, labels)
     return total / ((labels != ignored).sum().clamp(min=1) if denominator is None else denominator)
@@ -593,7 +598,8 @@ def _classification_loss(logits_BC: Tensor, labels: Tensor, problem_type: str | 
         problem_type = "regression" if logits_BC.shape[-1] == 1 else one_label
     if problem_type == "single_label_classification":
         return _summed_over(logits_BC, labels)
-    logits, targets = logits_BC.float().reshape(-1), labels.float().reshape(-1)
+    logits = _fp32(logits_BC).reshape(-1)
+    targets = labels.to(logits.dtype).reshape(-1)
     if logits.shape != targets.shape:
         raise ValueError(f"labels have shape {list(labels.shape)}: {problem_type} needs {list(logits_BC.shape)}")
     loss = F.mse_loss if problem_type == "regression" else F.binary_cross_entropy_with_logits

@@ -32,7 +32,7 @@ from berth.training.distributed import Communicator, choose_device, discover_ran
 from berth.training.evaluate import HeldOut
 from berth.training.options import Options, parse_options
 from berth.training.phases import Kind, Start, decide_start
-from berth.training.precision import Precision, make_precision
+from berth.training.precision import make_precision
 from berth.training.report import Reporter, configure_logging
 from berth.training.state import RunState, check_identity, identity, step_seed
 from berth.training.step import MaskedLmTrainingStep, StepResult, TrainingStep
@@ -278,8 +278,8 @@ class Pretraining:
         """Give up when every step is skipped: the run has diverged and would burn its allocation."""
         if self.state.consecutive_skips >= self.options.max_consecutive_skips:
             raise TrainingError(
-                f"{self.state.consecutive_skips} steps in a row had a non-finite gradient (loss scale {self.precision.scaler.scale:g}, global "
-                f"step {self.state.step}); lower --learning_rate or resume an earlier checkpoint with --resume_step"
+                f"{self.state.consecutive_skips} steps in a row had a non-finite gradient (global step {self.state.step}, loss scale "
+                f"{self.precision.scaler.scale:g}); lower --learning_rate or resume an earlier checkpoint with --resume_step"
             )
 
     # -- what the loop calls ------------------------------------------------------------------------------------------
@@ -375,10 +375,10 @@ class Pretraining:
         """Save, evaluate, sum up."""
         complete = self.state.phase_step >= self.options.max_steps
         already = complete and done_here == 0
-        if done_here and not self.saved_already():
-            self.save()
         if complete and not already:
             self.evaluate("end")
+        if done_here and not self.saved_already():
+            self.save()  # last, so that a checkpoint of the phase's end means that everything before it was done
         outcome = "stopped by a signal" if signal_number else f"phase {self.options.phase} complete" if complete else "stopped"
         if already:
             outcome = f"phase {self.options.phase} was already complete"
@@ -431,7 +431,8 @@ def open_training_data(options: Options, config: modeling.BertConfig) -> tuple[R
             raise DataError(f"the records in {options.input_dir} were made with another vocabulary than --vocab_file {options.vocab_file}")
         if vocabulary.size > config.padded(8).vocab_size:
             raise ConfigError(
-                f"--vocab_file {options.vocab_file} has {vocabulary.size} entries, vocab_size in {options.config_file} is {config.vocab_size}"
+                f"--vocab_file {options.vocab_file} has {vocabulary.size} entries, but vocab_size in {options.config_file} is "
+                f"{config.vocab_size}; use the bert_config.json made with the vocabulary"
             )
         digest = vocabulary.sha256
     return index, digest

@@ -14,6 +14,7 @@ checked. Rejected: regular expressions (93-98 % agreement), ``nltk.download`` (n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def split_paragraph(splitter: PunktSentenceTokenizer, paragraph: str) -> list[st
     """The sentences of ``paragraph``, in order, none empty; joined by spaces they are the paragraph again."""
     starts = [start for start, _ in splitter.span_tokenize(paragraph)]
     edges = [0, *starts[1:], len(paragraph)]
-    pieces = (paragraph[start:end].strip() for start, end in zip(edges, edges[1:], strict=False))
+    pieces = (paragraph[start:end].strip() for start, end in itertools.pairwise(edges))
     return [piece for piece in pieces if piece]
 
 

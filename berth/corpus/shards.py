@@ -67,11 +67,9 @@ def index_documents(path: Path) -> DocumentIndex:
     """
     starts, sizes, sentences = array("q"), array("q"), array("q")
     offset = start = end = lines = 0
-    try:
-        handle = open(path, "rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{path}: no such sentences file; make it with data/sentences.py") from error
-    with handle:
+    if not path.is_file():
+        raise DataError(f"{path}: no such sentences file; make it with data/sentences.py")
+    with open(path, "rb") as handle:
         for raw in handle:
             try:
                 text = raw.decode("utf-8")

@@ -11,3 +11,7 @@ create     the stage: one file, or one a shard in several processes
 validate   check a records file row by row
 reader     hdf5 -> samples for training
 """
+
+from berth.records.schema import records_folder_name
+
+__all__ = ["records_folder_name"]

@@ -39,8 +39,8 @@ def mix(values: Keys) -> Keys:
 
 def fold(keys: Keys, values: ArrayLike) -> Keys:
     """New keys from ``keys`` and non-negative integers; both broadcast. Different values give unrelated keys."""
-    steps = (np.asarray(values).astype(np.uint64) + np.uint64(1)) * _GOLDEN
-    return mix(keys + steps)
+    steps = np.atleast_1d(np.asarray(values)).astype(np.uint64)  # arrays wrap silently, numpy scalars warn
+    return mix(keys + (steps + np.uint64(1)) * _GOLDEN)
 
 
 def shard_key(seed: int, shard: str) -> Keys:

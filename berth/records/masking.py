@@ -106,30 +106,61 @@ class RowMaker:
         self, ids: NDArray[np.int32], candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Whole words in random order while they fit into ``wanted``; result as :meth:`_choose_pieces`."""
-        most = self.options.max_predictions_per_seq
         after_candidate = np.zeros_like(candidate)
         after_candidate[:, 1:] = candidate[:, :-1]
         starts = candidate & ~(after_candidate & self.vocabulary.is_continuation[ids])
-        word_start = np.maximum.accumulate(np.where(starts | ~candidate, self.positions, 0), axis=1)
-        # Equal within a word but for the position in the low bits: sorting groups words, pieces in order.
-        order = np.where(candidate, self._ordered_keys(keys, word_start), _LAST)
-        by_word = np.argsort(order, axis=1, kind="stable")
-        word = np.take_along_axis(word_start, by_word, axis=1)
-        real = np.take_along_axis(candidate, by_word, axis=1)
-        is_first = np.take_along_axis(starts, by_word, axis=1)
-        lengths = self._word_lengths(word, real)
-        taken = np.zeros(len(ids), np.int64)
+        edge = starts | ~candidate
+        word_start = np.maximum.accumulate(np.where(edge, self.positions, 0), axis=1)
+        # Words by their draw: only the first piece of a word takes part, the others follow it.
+        order = np.where(starts, self._ordered_keys(keys, self.positions), _LAST)
+        by_draw = np.argsort(order, axis=1)
+        lengths = np.take_along_axis(np.where(starts, self._next_edge(edge) - self.positions, 0), by_draw, axis=1)
         accepted = np.zeros_like(candidate)
-        current = np.zeros(len(ids), np.bool_)
-        for column in range(ids.shape[1]):
-            fits = taken + lengths[:, column] <= wanted
-            current = np.where(is_first[:, column], fits, current) & real[:, column]
-            taken += current & True
-            if column + 1 < ids.shape[1]:
-                pass
-            accepted[:, column] = current
-        chosen_positions = np.where(accepted, by_word, ids.shape[1])
-        chosen_positions.sort(axis=1)
-        positions = chosen_positions[:, :most]
-        chosen = positions < ids.shape[1]
+        left = wanted.copy()
+        for column in range(int(starts.sum(axis=1).max(initial=0))):
+            fits = (lengths[:, column] > 0) & (lengths[:, column] <= left)
+            left -= np.where(fits, lengths[:, column], 0)
+            accepted[:, column] = fits
+            if not left.any():
+                break
+        accepted_starts = np.zeros_like(candidate)
+        np.put_along_axis(accepted_starts, by_draw, accepted, axis=1)
+        chosen = np.take_along_axis(accepted_starts, word_start, axis=1) & candidate
+        places = np.where(chosen, self.positions, self.options.max_seq_length).astype(np.int64)
+        places.sort(axis=1)
+        places = places[:, : self.options.max_predictions_per_seq]
+        chosen = places < self.options.max_seq_length
+        return np.where(chosen, places, 0), chosen
+
+    def _next_edge(self, edge: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """int32 [rows, L]: the first edge after each position, L if there is none."""
+        length = np.int32(self.options.max_seq_length)
+        following = np.full(edge.shape, length, np.int32)
+        following[:, :-1] = np.where(edge, self.positions, length)[:, 1:]
+        return np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
+
+    def _ascending(
+        self, positions: NDArray[np.int64], chosen: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Chosen positions first and ascending, 0 behind them."""
+        length = self.options.max_seq_length
+        positions = np.where(chosen, positions, length)
+        positions.sort(axis=1)
+        chosen = positions < length
         return np.where(chosen, positions, 0), chosen
+
+    def _replace(
+        self,
+        ids: NDArray[np.int32],
+        positions: NDArray[np.int64],
+        chosen: NDArray[np.bool_],
+        labels: NDArray[np.int32],
+        keys: draws.Keys,
+    ) -> None:
+        """Write what the model sees at the chosen positions into ``ids``."""
+        kind = draws.uniform(keys[:, None], draws.MASK_KIND, positions)
+        word = draws.uniform(keys[:, None], draws.MASK_WORD, positions)
+        random = self.ordinary[(word * len(self.ordinary)).astype(np.int64)]
+        seen = np.where(kind < 0.8, np.int32(self.vocabulary.mask_id), np.where(kind < 0.9, labels, random))
+        row, column = np.nonzero(chosen)
+        ids[row, positions[row, column]] = seen[row, column]

@@ -73,5 +73,5 @@ class RecordOptions:
 
     @property
     def rows_per_block(self) -> int:
-        """Rows made at a time: bounds memory at any sequence length; a multiple of nothing, a divisor of nothing."""
+        """Rows made at a time: memory is the same at any sequence length."""
         return max(64, min(8192, math.ceil((1 << 18) / self.max_seq_length)))

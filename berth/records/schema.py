@@ -11,6 +11,7 @@ import dataclasses
 
 import numpy as np
 
+FORMAT = "berth records"  # attribute "format"
 FORMAT_VERSION = 1
 ROWS_PER_CHUNK = 1024
 SUFFIX = ".hdf5"

@@ -10,6 +10,7 @@ words do not influence each other). Ids take 2 bytes for vocabularies up to 65,5
 from __future__ import annotations
 
 import dataclasses
+import functools
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,16 +34,29 @@ class TokenText:
 
     Attributes:
         ids: uint16 or uint32 [T], all tokens in text order.
-        sentence_ends: int64 [S], ascending; sentence ``s`` is ``ids[sentence_ends[s-1]:sentence_ends[s]]``.
-        document_ends: int64 [D], ascending, in sentences.
+        sentence_edges: int64 [S + 1], ascending from 0; sentence ``s`` is ``ids[sentence_edges[s]:sentence_edges[s + 1]]``.
+        document_edges: int64 [D + 1], ascending from 0, in sentences.
         empty_sentences, empty_documents: how many were left out.
     """
 
     ids: NDArray[np.unsignedinteger]
-    sentence_ends: NDArray[np.int64]
-    document_ends: NDArray[np.int64]
+    sentence_edges: NDArray[np.int64]
+    document_edges: NDArray[np.int64]
     empty_sentences: int
     empty_documents: int
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_edges) - 1
+
+    @property
+    def sentences(self) -> int:
+        return len(self.sentence_edges) - 1
+
+    @functools.cached_property
+    def document_tokens(self) -> NDArray[np.int64]:
+        """int64 [D + 1]: edges of the documents in tokens."""
+        return self.sentence_edges[self.document_edges]
 
 
 class _WordIds(dict[str, int]):
@@ -63,9 +77,9 @@ class _Expander:
 
     def __init__(self, tokenizer: Tokenizer, dtype: type) -> None:
         self.tokenizer, self.dtype = tokenizer, dtype
-        self.lengths = np.zeros(0, np.int64)
-        self.starts = np.zeros(0, np.int64)
-        self.table = np.zeros(0, dtype)
+        self.lengths: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.starts: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.table: NDArray = np.zeros(0, dtype)
 
     def learn(self, words: list[str]) -> None:
         found: list[list[int]] = []
@@ -73,7 +87,7 @@ class _Expander:
             batch = self.tokenizer.encode_batch_fast(words[start : start + _ENCODE_BATCH], add_special_tokens=False)
             found += [encoding.ids for encoding in batch]
         lengths = np.fromiter(map(len, found), np.int64, len(found))
-        pieces = np.fromiter((piece for ids in found for piece in ids), self.dtype, int(lengths.sum()))
+        pieces: NDArray = np.fromiter((piece for ids in found for piece in ids), self.dtype, int(lengths.sum()))
         self.starts = np.concatenate([self.starts, len(self.table) + np.cumsum(lengths) - lengths])
         self.lengths = np.concatenate([self.lengths, lengths])
         self.table = np.concatenate([self.table, pieces])
@@ -137,8 +151,8 @@ class _Collector:
         full = np.diff(document_ends, prepend=0) > 0
         return TokenText(
             ids=np.concatenate(self.tokens),
-            sentence_ends=np.cumsum(line_tokens[kept]),
-            document_ends=document_ends[full],
+            sentence_edges=np.concatenate([[0], np.cumsum(line_tokens[kept])]),
+            document_edges=np.concatenate([[0], document_ends[full]]),
             empty_sentences=int((~kept).sum()),
             empty_documents=int((~full).sum()),
         )

@@ -36,11 +36,9 @@ def read_blocks(path: Path) -> Iterator[str]:
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     pending: list[str] = []
     offset, first = 0, True
-    try:
-        handle = open(path, "rb")
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise DataError(f"{path}: no such text file") from error
-    with handle:
+    if not path.is_file():
+        raise DataError(f"{path}: no such text file")
+    with open(path, "rb") as handle:
         while True:
             block = handle.read(BLOCK_BYTES)
             start = offset - len(decoder.getstate()[0])

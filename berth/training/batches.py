@@ -100,7 +100,7 @@ class BatchPlan:
         """The micro-batches of the step that starts at ``first_sample``, for this rank."""
         share = self.micro_batch * self.accumulation
         rows = stream.rows(first_sample + self.rank * share, share)
-        checksum = zlib.crc32(np.ascontiguousarray(rows.input_ids))
+        checksum = zlib.crc32(rows.input_ids.tobytes())
         lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
         if self.group_by_length and self.accumulation > 1:
             rows = rows.take(np.argsort(lengths, kind="stable"))

@@ -1,14 +1,14 @@
 """Where a run starts: the resume rules, as one pure function of the flags and of what lies in the output folder.
 
-| asked for | the folder holds | start |
+| asked for (R = ``--resume_from_checkpoint``, I = ``--init_checkpoint X``) | the folder holds | start |
 |---|---|---|
 | nothing | no checkpoint | fresh: step 0, random weights |
-| nothing | a checkpoint | refused: it would mix two runs |
-| ``--init_checkpoint X`` | no checkpoint | step 0 of the phase, weights of X (phase 2: with X's optimizer moments if it has them) |
-| ``--resume_from_checkpoint`` (± ``--init_checkpoint X``) | a checkpoint of this phase | continue it exactly; X is not looked at |
-| ``--resume_from_checkpoint --phase2`` | a finished phase 1, no phase 2 yet | enter phase 2: weights and moments kept, step and schedule from 0 |
-| ``--resume_from_checkpoint --init_checkpoint X`` | nothing of this phase | as ``--init_checkpoint X`` |
-| ``--resume_from_checkpoint`` | nothing at all | fresh (phase 1); refused in phase 2, which needs weights |
+| nothing, or I | a checkpoint | refused: it would mix two runs |
+| I | no checkpoint | step 0 of the phase, weights of X (phase 2: with X's optimizer moments) |
+| R, or R and I | a checkpoint of this phase | continue it exactly; X is not looked at |
+| R ``--phase2`` | a finished phase 1 only | enter phase 2: weights and moments kept, step from 0 |
+| R and I | nothing of this phase | as I |
+| R | nothing at all | fresh (phase 1); refused in phase 2, which needs weights |
 
 A requeued job can therefore use the same command line as its first attempt.
 """

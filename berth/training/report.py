@@ -152,6 +152,10 @@ class Reporter:
 
     def summary(self, world_size: int, facts: dict[str, Any]) -> None:
         """Write and print the closing record: seconds, sequences/s over the measured steps, final loss."""
+        if not self.window.steps and not self.total.steps and self.last_loss != self.last_loss:
+            self.log.log((), {"e2e_train_time": time.monotonic() - self.started, **facts})
+            self.say("%s at step %d", facts["outcome"], facts["global_step"])
+            return
         rate = self.total.sequences * world_size / self.total.seconds if self.total.seconds else 0.0
         data = {
             "e2e_train_time": time.monotonic() - self.started,

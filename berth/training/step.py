@@ -133,7 +133,7 @@ class TrainingStep:
         finite = norm == norm and norm != float("inf")
         if finite:
             if self.clips_itself:
-                self.optimizer.step(grad_norm=norm_tensor)  # type: ignore[call-arg]
+                self.optimizer.step(grad_norm=norm_tensor)  # type: ignore[call-overload]
             else:
                 if self.clip_norm and norm > self.clip_norm:
                     torch._foreach_mul_(gradients, self.clip_norm / norm)

@@ -1,0 +1,223 @@
+"""Read the weights of a BERT from whatever file or folder holds them, without running code from it.
+
+======================================================= ==========================================================
+berth checkpoint, weights file, or ``--output_dir``      ``format: berth-checkpoint``; of a folder the newest in its manifest
+Hugging Face folder, ``*.safetensors``, ``*.bin``        also in several pieces, with an index
+NVIDIA, DeepSpeed, AzureML, ONNX Runtime ``*.pt``        the tensors under ``model``, ``module``, ... or the file itself
+======================================================= ==========================================================
+
+Pickles are read with ``weights_only=True``; a file that needs more is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from berth.errors import CheckpointError
+from berth.export.names import canonical_names, is_nvidia
+from berth.files import read_json, sha256_file
+
+FORMAT = "berth-checkpoint"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG_NAME = "config.json"
+_HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+_WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
+
+
+class LoadedWeights(NamedTuple):
+    """Tensors by Hugging Face's names (float32, on the CPU), the model's config dict if known, and where they are from."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """As :class:`LoadedWeights`; ``nvidia``: the tensors had NVIDIA's names."""
+
+    weights: dict[str, Tensor]
+    config: dict[str, Any] | None
+    source: str
+    nvidia: bool
+
+
+def load_weights(path: str | Path) -> LoadedWeights:
+    """Read the weights in ``path``; see the module for what it may be.
+
+    ``config`` has the keys of Hugging Face's ``config.json``; it is that of a berth file, or of the ``config.json`` beside
+    the weights, else ``None``. For NVIDIA's weights its ``hidden_act`` ``"gelu"`` becomes ``"gelu_pytorch_tanh"``, which
+    is what their code computes. Raises :class:`CheckpointError` with one line for anything that cannot be read.
+    """
+    loaded = read_weights(path)
+    return LoadedWeights(loaded.weights, loaded.config, loaded.source)
+
+
+def read_weights(path: str | Path) -> Source:
+    """:func:`load_weights`, with what else the conversions need to know."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist; give a checkpoint, a weights file or the folder that holds one")
+    file = _main_file(path) if path.is_dir() else path
+    raw, config, kind = _read(file)
+    floats = {name: tensor.detach() for name, tensor in raw.items() if tensor.is_floating_point()}
+    weights = {name: tensor.to(torch.float32) for name, tensor in canonical_names(floats).items()}
+    if not any(name.startswith("bert.encoder.layer.") for name in weights):
+        shown = ", ".join(list(raw)[:3]) or "no tensor at all"
+        raise CheckpointError(f"{file} holds no BERT encoder (it begins with {shown})")
+    if config is None and kind != "berth" and (file.parent / CONFIG_NAME).is_file():
+        config = read_config(file.parent / CONFIG_NAME)
+    nvidia = is_nvidia(raw)
+    if nvidia:
+        kind = "NVIDIA (its gelu is hidden_act gelu_tanh)"
+        config = None if config is None else with_nvidia_gelu(config)
+    return Source(weights, config, f"{kind} weights {file}", nvidia)
+
+
+def with_nvidia_gelu(config: dict[str, Any]) -> dict[str, Any]:
+    """A config whose ``"gelu"`` says what NVIDIA's code computes under that name: the tanh approximation."""
+    return {**config, "hidden_act": "gelu_pytorch_tanh"} if config.get("hidden_act", "gelu") == "gelu" else config
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """A JSON config as a dict. :class:`CheckpointError` when it is missing, no JSON, or no object."""
+    try:
+        config = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"configuration {path} cannot be read: {_reason(error)}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"configuration {path} must be a JSON object with the keys of a BERT config")
+    return config
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The last checkpoint in a folder's manifest, its size and checksum verified.
+
+    Raises :class:`CheckpointError` when there is none, it is gone, or its bytes are not those that were written.
+    """
+    manifest = folder / MANIFEST
+    try:
+        entry = read_json(manifest)["checkpoints"][-1]
+        file, digest = folder / str(entry["file"]), entry.get("sha256")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CheckpointError(f"{manifest} lists no checkpoint ({_reason(error)}); give the ckpt_*.pt itself") from error
+    if not file.is_file():
+        raise CheckpointError(f"{file} is listed in {MANIFEST} but does not exist; give another ckpt_*.pt itself")
+    if digest and sha256_file(file) != digest:
+        raise CheckpointError(f"{file} does not match its checksum in {MANIFEST}: it is truncated or damaged; "
+                              "give an older ckpt_*.pt itself")  # fmt: skip
+    return file
+
+
+def _main_file(folder: Path) -> Path:
+    if (folder / MANIFEST).is_file():
+        return newest_checkpoint(folder)
+    for name in _HUGGING_FACE_FILES:
+        for candidate in (folder / name, folder / f"{name}.index.json"):
+            if candidate.is_file():
+                return candidate
+    raise CheckpointError(
+        f"{folder} holds neither {MANIFEST} (a berth output folder) nor {' or '.join(_HUGGING_FACE_FILES)} (Hugging Face); "
+        "give the weights file itself"
+    )
+
+
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, str]:
+    """Tensors under their own names, config of a berth file, and the kind of file."""
+    if file.name.endswith(".index.json"):
+        return _read_pieces(file), None, "Hugging Face"
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file), None, "Hugging Face"
+    payload = _read_torch(file)
+    if isinstance(payload, dict) and payload.get("format") == FORMAT:
+        return *_berth_parts(payload, file), "berth"
+    found = _tensors_in(payload)
+    if not found:
+        raise CheckpointError(f"{file} holds no tensors by name, neither itself nor under {', '.join(_WRAPPERS)}")
+    return {name: tensor.clone() for name, tensor in found.items()}, None, "PyTorch"
+
+
+def _berth_parts(payload: dict[str, Any], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    version = payload.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {version!r}, this berth reads {FORMAT_VERSION}")
+    model, config = payload.get("model"), payload.get("config")
+    if not isinstance(model, dict) or not isinstance(config, dict):
+        raise CheckpointError(f"{file} is a berth checkpoint without its model or config; it is damaged")
+    return {name: tensor.clone() for name, tensor in _tensors(model.items()).items()}, config
+
+
+def _read_torch(file: Path) -> Any:
+    """The payload of a torch file. Zip files are mapped, so an optimizer in it costs no memory."""
+    head = _head(file)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        if head.startswith((b"PK", b"\x80")):
+            raise CheckpointError(
+                f"{file} holds more than tensors and plain values and was not opened (it could run code): {_reason(error)}; "
+                "save its weights alone (torch.save(model.state_dict(), ...)) and convert that"
+            ) from error
+        raise CheckpointError(f"{file} is not a weights file") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, AssertionError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): it is truncated, damaged or no weights file") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    if _head(file).startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+    try:
+        return safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): it is truncated or damaged") from error
+
+
+def _read_pieces(index: Path) -> dict[str, Tensor]:
+    try:
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of a model in several files ({_reason(error)})") from error
+    tensors: dict[str, Tensor] = {}
+    for name in files:
+        piece = index.parent / Path(name).name
+        if not piece.is_file():
+            raise CheckpointError(f"{piece} is missing; {index.name} lists it")
+        tensors.update(_read(piece)[0])
+    return tensors
+
+
+def _tensors_in(payload: Any) -> dict[str, Tensor]:
+    """The tensors of a plain state dict, or of the first wrapper key that holds one."""
+    if not isinstance(payload, dict):
+        return {}
+    inner = next((payload[key] for key in _WRAPPERS if isinstance(payload.get(key), dict)), None)
+    return _tensors((payload if inner is None else inner).items())
+
+
+def _tensors(items: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _head(file: Path) -> bytes:
+    with open(file, "rb") as handle:
+        return handle.read(64)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno} is no JSON"
+    return (str(error) or type(error).__name__).splitlines()[0][:160]

