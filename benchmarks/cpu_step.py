@@ -4,7 +4,7 @@
 
 A step is forward, backward and ``torch.optim.AdamW``, the same on both sides: same sizes, same starting weights, same
 batches, dropout 0.1, ``transformers``' default attention (sdpa). Batches look like pretraining data at a fill of about
-0.88: half of the sequences are full, the others 4 % to full length, 15 % of the real tokens masked, 20 at most.
+0.88: half of the sequences are full, the others 52 to 100 % full; 15 % of the real tokens are masked, 20 at most.
 
 The sides alternate (A B A B ...), so that other work on the machine hits both; the ratio is the median of the ratios
 within a round. Prints a table and writes it as JSON with the machine it ran on.

@@ -129,9 +129,7 @@ def from_huggingface(
     rows = _embedding_rows(loaded)
     real, larger = sorted((config["vocab_size"], rows))
     if not is_padded_size(larger, real):
-        raise CheckpointError(
-            f"{loaded.source}: {rows} word embeddings, but vocab_size is {config['vocab_size']} in its configuration"
-        )
+        raise CheckpointError(f"{loaded.source}: {rows} word embeddings, but vocab_size is {config['vocab_size']} in its configuration")
     report = _complete(loaded, {**config, "vocab_size": rows})
     padded = round_up(real, pad_vocab_to_multiple)
     payload = {
@@ -199,8 +197,7 @@ def _check_vocabulary(vocabulary: Vocabulary, vocab_file: str | Path, config_siz
         )
     if not is_padded_size(rows, vocabulary.size):
         raise DataError(
-            f"--vocab_file {vocab_file} has {vocabulary.size} pieces, the model {rows} word embeddings: "
-            "more than padding sets them apart"
+            f"--vocab_file {vocab_file} has {vocabulary.size} pieces, the model {rows} word embeddings: more than padding sets them apart"
         )
 
 

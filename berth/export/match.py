@@ -99,15 +99,17 @@ def match_weights(model_shapes: Mapping[str, Sequence[int]], weights: Mapping[st
 def _fill_tied(named: dict[str, Tensor]) -> None:
     """Make the two names of tied tensors the same object, also where a file holds only one of them."""
     for alias, original in TIED.items():
-        if alias in named and original in named:
-            if named[alias].shape != named[original].shape or not torch.equal(named[alias], named[original]):
-                raise CheckpointError(
-                    f"{alias} and {original} differ in this file: it was trained with untied embeddings, BERT ties them"
-                )
+        if alias in named and original in named and not _equal(named[alias], named[original]):
+            raise CheckpointError(f"{alias} and {original} differ in this file: it was trained with untied embeddings, BERT ties them")
         if original in named:
             named[alias] = named[original]
         elif alias in named:
             named[original] = named[alias]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Equal in shape and values, NaN in the same places included."""
+    return torch.equal(one, other) or torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
 def _differs_by_padding(name: str, tensor: Tensor, shape: tuple[int, ...]) -> bool:

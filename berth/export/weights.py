@@ -162,24 +162,28 @@ def _berth_parts(payload: dict[str, Any], file: Path) -> tuple[dict[str, Tensor]
 def _read_torch(file: Path) -> Any:
     """The payload of a torch file. Zip files are mapped, so an optimizer in it costs no memory."""
     head = _head(file)
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+    is_zip = head.startswith(b"PK")
+    if not head:
+        raise CheckpointError(f"{file} is empty")
+    if is_zip and not zipfile.is_zipfile(file):
+        raise CheckpointError(f"{file} is truncated: the end of the archive is missing")
+    if not is_zip and not head.startswith(b"\x80"):  # the first byte of a pickle, which old torch files are
+        raise CheckpointError(f"{file} is not a weights file")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if head.startswith((b"PK", b"\x80")):
-            raise CheckpointError(
-                f"{file} holds more than tensors and plain values and was not opened (it could run code): {_reason(error)}; "
-                "save its weights alone (torch.save(model.state_dict(), ...)) and convert that"
-            ) from error
-        raise CheckpointError(f"{file} is not a weights file") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, AssertionError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): it is truncated, damaged or no weights file") from error
+        raise CheckpointError(
+            f"{file} holds more than tensors and plain values and was not opened (it could run code): {_reason(error)}; "
+            "save its weights alone (torch.save(model.state_dict(), ...)) and convert that"
+        ) from error
+    except OSError:
+        raise
+    except Exception as error:  # an interpreter of damaged pickle opcodes fails in any way
+        raise CheckpointError(f"{file} cannot be read ({_reason(error)}): it is damaged") from error
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    if _head(file).startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+    _head(file)
     try:
         return safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, ValueError) as error:
@@ -213,8 +217,12 @@ def _tensors(items: Iterable[tuple[Any, Any]]) -> dict[str, Tensor]:
 
 
 def _head(file: Path) -> bytes:
+    """The first bytes; :class:`CheckpointError` when they are those of a Git LFS pointer."""
     with open(file, "rb") as handle:
-        return handle.read(64)
+        head = handle.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{file} is a Git LFS pointer, not the file itself; run 'git lfs pull' where it was cloned")
+    return head
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ Where it is stricter than the public scripts:
   shard with one document is refused) and is drawn among the others, never "given up after ten tries";
 * a sentence longer than a row is taken in consecutive pieces, the last one together with what follows, so no text is
   dropped before the final cut; a chunk that lies inside one such sentence is split in the middle (cutting at the drawn
-  *short* targets as well was tried: a target of 3 tokens shreds a document into rows of 3, mean fill 93 % -> 77 %);
+  *short* targets as well was tried: a target of 3 tokens shreds a document into rows of 3, mean fill 93 % -> 75 %);
 * a chunk of one sentence (the end of a document) has nothing that could follow: its B is random, and it is counted.
 """
 

@@ -63,7 +63,7 @@ class _BarHandler(logging.Handler):
 
 
 class Reporter:
-    """All output of one process. ``open`` is separate from the constructor so that nothing is written before the run is known to be sound."""
+    """All output of one process. ``open`` is separate X."""
 
     def __init__(self, options: Options, is_main: bool) -> None:
         self.options, self.is_main = options, is_main

@@ -6,6 +6,7 @@ import ast
 import copy
 import dataclasses
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -188,6 +189,12 @@ def test_the_tie_survives_loading_moving_copying_and_leaving_the_meta_device(cls
     assert count_parameters(empty) == count_parameters(_model(cls))
 
 
+def test_a_model_can_be_pickled_with_its_ties():
+    model = pickle.loads(pickle.dumps(_model(hidden_act="gelu_new")))
+    model.load_state_dict(_model(hidden_act="gelu_new").state_dict(), assign=True)
+    _assert_tied(model)
+
+
 def test_the_tie_survives_inside_a_wrapper():
     wrapper = torch.nn.Sequential()
     with torch.device("meta"):
@@ -255,6 +262,20 @@ def test_masked_index_replaces_nonzero_and_may_be_padded():
         torch.testing.assert_close(out.loss, results[0][0].loss)
         _assert_same(gradients, results[0][1])
     assert len(results[2][0].prediction_logits) == len(index) + 9
+
+
+def test_with_masked_index_a_step_is_one_graph():
+    """No part of the step waits for the device: torch.compile refuses to trace through such a place."""
+    model, batch = _model(), _batch()
+    index = (batch["labels"].reshape(-1) != -100).nonzero().squeeze(1)
+    wanted = model(**batch).loss
+    wanted.backward()
+    gradients = _gradients(model)
+    model.zero_grad()
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch, masked_index=index).loss
+    loss.backward()
+    torch.testing.assert_close(loss, wanted)
+    _assert_same(_gradients(model), gradients)
 
 
 def test_masked_index_without_labels_picks_positions_to_predict():
@@ -587,6 +608,16 @@ def test_a_misspelt_key_is_refused_and_a_foreign_one_kept():
     assert config == BertConfig(**SIZES)
     assert config.to_dict().items() >= foreign.items()
     assert BertConfig.from_dict(json.loads(config.to_json_string())).to_dict() == config.to_dict()
+
+
+def test_the_keys_of_published_configs_are_not_taken_for_misspellings():
+    """Keys seen in the config files of Google, NVIDIA and Hugging Face checkpoints beside those of the network."""
+    names = """_name_or_path attn_implementation bos_token_id chunk_size_feed_forward decoder_start_token_id directionality
+        dtype embedding_size gradient_checkpointing is_encoder_decoder output_all_encoded_layers output_attentions
+        output_hidden_states pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+        pooler_type return_dict sep_token_id torch_dtype transformers_version use_cache"""
+    extra = dict.fromkeys(names.split(), 0)
+    assert dict(BertConfig.from_dict(SIZES | extra).extra) == extra
 
 
 def test_label_names_set_the_number_of_labels_and_are_dropped_when_it_changes():

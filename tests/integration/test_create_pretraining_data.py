@@ -1,0 +1,190 @@
+"""The data scripts as a user runs them: raw text to records, exit codes, one-line errors, nothing half-written."""
+
+import hashlib
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from berth.records.create import read_attributes
+from berth.records.validate import validate_records
+from berth.text.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ("--max_seq_length", "48", "--max_predictions_per_seq", "7", "--dupe_factor", "2")
+
+
+def run(script, *arguments, cwd, **options):
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+
+
+def succeed(script, *arguments, cwd):
+    done = run(script, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A folder in which sentences, shards and vocabulary were made from raw text by the scripts."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "raw").mkdir()
+    for number in range(24):
+        text = "\n\n".join(
+            f"Section {part} of report {number} begins. The crew counted {part * number} crates of Árvíztűrő pipes! "
+            f"Was it enough? Captain {chr(65 + number)} said so. The {part}th log entry ends here."
+            for part in range(6)
+        )
+        (folder / "raw" / f"{number:02}.txt").write_text(text, encoding="utf-8")
+    succeed("data/sentences.py", "--input", "raw", "--output", "sentences.txt", cwd=folder)
+    succeed(
+        "data/shard.py", "--input", "sentences.txt", "--output_dir", "shards", "--prefix", "text",
+        "--n_training_shards", 3, "--n_test_shards", 1, "--fraction_test_set", 0.2, "--seed", 1, cwd=folder,
+    )  # fmt: skip
+    succeed("data/vocab.py", "--input", "sentences.txt", "--vocab_size", 300, "--output", "vocab.txt", cwd=folder)
+    succeed(
+        "data/vocab.py", "--input", "sentences.txt", "--vocab_size", 300, "--cased", "--output", "cased.txt", cwd=folder
+    )
+    return folder
+
+
+def create(work, *arguments):
+    return succeed("create_pretraining_data.py", "--vocab_file", "vocab.txt", *SMALL, *arguments, cwd=work)
+
+
+def test_one_file_a_shard_whatever_the_number_of_processes(work):
+    said = create(work, "--input_file", "shards", "--output_dir", "one")
+    create(work, "--input_file", "shards", "--output_dir", "two", "--processes", 2)
+    assert digests(work / "one") == digests(work / "two")
+    assert sorted(digests(work / "one")) == [
+        "text_test_0.hdf5", "text_training_0.hdf5", "text_training_1.hdf5", "text_training_2.hdf5",
+    ]  # fmt: skip
+    vocabulary = Vocabulary.load(work / "vocab.txt")
+    rows = sum(validate_records(path, vocabulary).rows for path in (work / "one").iterdir())
+    assert f"{rows} instances from 24 documents" in said and "4 file(s) made, 0 up to date" in said
+    again = create(work, "--input_file", "shards", "--output_dir", "one")
+    assert "0 file(s) made, 4 up to date" in again and again.count("up to date\n") == 4
+
+
+def test_one_file_of_everything(work):
+    said = create(work, "--input_file", "shards", "--output_file", "all/all.hdf5", "--bert_model", "bert-large-uncased")
+    assert "--bert_model bert-large-uncased has no effect" in said
+    assert read_attributes(work / "all/all.hdf5")["count_documents"] == 24
+    create(work, "--input_file", "shards/text_test_0.txt", "--output_file", "all/test.hdf5", "--do_whole_word_mask")
+    assert read_attributes(work / "all/test.hdf5")["whole_word_mask"] is True
+
+
+@pytest.mark.parametrize(
+    ("options", "lowercase"),
+    [((), True), (("--do_lower_case",), True), (("--do_lower_case", "1"), True), (("--do_lower_case=true",), True),
+     (("--do_lower_case", "0"), False), (("--cased",), False)],
+)  # fmt: skip
+def test_case_options(work, tmp_path, options, lowercase):
+    vocab = work / ("vocab.txt" if lowercase else "cased.txt")
+    output = tmp_path / "a.hdf5"
+    said = succeed(
+        "create_pretraining_data.py", "--vocab_file", vocab, "--input_file", "shards/text_test_0.txt",
+        "--output_file", output, *SMALL, *options, cwd=work,
+    )  # fmt: skip
+    assert read_attributes(output)["do_lower_case"] is lowercase
+    assert "(0.000 % [UNK])" in said, "the vocabulary of the same case covers the text"
+
+
+def test_notice_when_predictions_are_capped(work, tmp_path):
+    said = create(
+        work, "--input_file", "shards/text_test_0.txt", "--output_file", tmp_path / "a.hdf5",
+        "--max_seq_length", 512, "--max_predictions_per_seq", 20,
+    )  # fmt: skip
+    assert "caps full rows, which would have 77 masked" in said
+
+
+def test_records_of_other_shards_are_refused_or_removed(work):
+    create(work, "--input_file", "shards", "--output_dir", "mixed")
+    stale = work / "mixed" / "text_training_7.hdf5"
+    stale.write_bytes((work / "mixed" / "text_training_0.hdf5").read_bytes())
+    arguments = ("--vocab_file", "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "mixed")
+    done = run("create_pretraining_data.py", *arguments, cwd=work)
+    assert done.returncode == 1 and "text_training_7.hdf5" in done.stderr and "--overwrite" in done.stderr
+    said = succeed("create_pretraining_data.py", *arguments, "--overwrite", cwd=work)
+    assert not stale.exists() and "4 file(s) made" in said
+
+
+VOCAB = ("--vocab_file", "vocab.txt")
+INPUT = ("--input_file", "shards")
+FAILURES = [
+    ((*VOCAB, *INPUT), 2, "--output_file --output_dir is required"),
+    ((*VOCAB, *INPUT, "--output_file", "x", "--output_dir", "y"), 2, "not allowed with"),
+    ((*VOCAB, *INPUT, "--output_file", "x", "--cased", "--do_lower_case"), 2, "not allowed with"),
+    ((*VOCAB, *INPUT, "--output_file", "x", "--dupe_factor", "0"), 2, "--dupe_factor 0 must be"),
+    ((*VOCAB, *INPUT, "--output_file", "x", "--processes", "2"), 2, "--processes needs --output_dir"),
+    ((*VOCAB, *INPUT, "--output_dir", "x", "--processes", "0"), 2, "--processes 0 must be"),
+    ((*VOCAB, *INPUT, "--output_file", "x", "--dupe", "3"), 2, "unrecognized arguments"),
+    ((*VOCAB, "--input_file", "none", "--output_file", "x"), 1, "none: no such file or folder"),
+    (("--vocab_file", "none", *INPUT, "--output_file", "x"), 1, "none: no such vocabulary file"),
+    (("--vocab_file", "no_mask.txt", *INPUT, "--output_file", "x"), 1, "[MASK] are missing"),
+    ((*VOCAB, "--input_file", "latin.txt", "--output_file", "x"), 1, "latin.txt: byte 0xe9 at offset 3 is not UTF-8"),
+    ((*VOCAB, "--input_file", "blank.txt", "--output_file", "x"), 1, "blank.txt: no text"),
+    ((*VOCAB, "--input_file", "one.txt", "--output_file", "x"), 1, "one.txt: only one document"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), FAILURES)
+def test_exit_codes_and_messages(work, arguments, code, message):
+    (work / "latin.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    (work / "blank.txt").write_text("\n \n")
+    (work / "one.txt").write_text("only one\ndocument here\n")
+    (work / "no_mask.txt").write_text((work / "vocab.txt").read_text().replace("[MASK]\n", ""))
+    done = run("create_pretraining_data.py", *arguments, cwd=work)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert code == 2 or done.stderr.count("\n") == 1, "one line"
+    assert not (work / "x").exists()
+
+
+def test_real_write_failure_leaves_nothing(work, tmp_path):
+    """The kernel refuses to let the file grow, as a full disk would."""
+    done = run(
+        "create_pretraining_data.py", *VOCAB, *SMALL, *INPUT, "--output_file", tmp_path / "out" / "a.hdf5", cwd=work,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("script", ["create_pretraining_data.py", "data/sentences.py", "data/shard.py", "data/vocab.py"])
+def test_help_from_anywhere_without_torch(script, tmp_path):
+    said = succeed(script, "--help", cwd=tmp_path)
+    assert "default" in said and "python" in said
+    probe = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    probe += "except SystemExit: pass\nassert 'torch' not in sys.modules, 'torch was imported'"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", probe], check=True, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "code"),
+    [
+        ("data/sentences.py", ("--input", "none", "--output", "x"), 1),
+        ("data/sentences.py", ("--input", "raw", "--output", "x", "--documents", "page"), 2),
+        ("data/sentences.py", ("--output", "x"), 2),
+        ("data/shard.py", ("--input", "sentences.txt", "--output_dir", "x", "--n_training_shards", "100"), 1),
+        ("data/shard.py", ("--input", "sentences.txt", "--output_dir", "x", "--n_training_shards", "0"), 2),
+        ("data/vocab.py", ("--input", "sentences.txt", "--vocab_size", "20", "--output", "x"), 2),
+        ("data/vocab.py", ("--input", "none.txt", "--vocab_size", "200", "--output", "x"), 1),
+    ],
+)
+def test_exit_codes_of_the_other_scripts(work, script, arguments, code):
+    done = run(script, *arguments, cwd=work)
+    assert done.returncode == code, done.stderr
+    assert "error: " in done.stderr and "Traceback" not in done.stderr
+    assert not (work / "x").exists()

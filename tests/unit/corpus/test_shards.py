@@ -1,0 +1,132 @@
+"""Sharding: whole documents, balance, determinism, stale shards, odd blank lines."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from berth.corpus.shards import index_documents, make_shards, plan_shards
+from berth.errors import ConfigError, DataError
+
+
+def documents_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n\n")
+
+
+def sentences_file(path: Path, count: int, seed: int = 0) -> list[str]:
+    rng = np.random.default_rng(seed)
+    documents = [
+        "\n".join(f"document {number} sentence {line}." for line in range(rng.integers(1, 30))) for number in range(count)
+    ]
+    path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
+    return documents
+
+
+def test_every_document_once_and_shards_balanced(tmp_path):
+    documents = sentences_file(tmp_path / "s.txt", 400)
+    counts = make_shards(tmp_path / "s.txt", tmp_path / "out", "text", 8, 2, 0.1, 1)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == sorted([f"text_training_{i}.txt" for i in range(8)] + [f"text_test_{i}.txt" for i in range(2)])
+    found = [document for name in names for document in documents_of(tmp_path / "out" / name)]
+    assert sorted(found) == sorted(documents)
+    assert counts.documents == 400 == counts.training_documents + counts.test_documents
+    assert counts.largest_shard <= 1.02 * counts.smallest_shard
+    assert counts.test_bytes / (counts.test_bytes + counts.training_bytes) == pytest.approx(0.1, abs=0.01)
+    assert counts.sentences == sum(document.count("\n") + 1 for document in documents)
+
+
+def test_same_seed_same_bytes_other_seed_other_test_set(tmp_path):
+    sentences_file(tmp_path / "s.txt", 60)
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        make_shards(tmp_path / "s.txt", tmp_path / name, "t", 3, 1, 0.2, seed)
+    read = {name: (tmp_path / name / "t_test_0.txt").read_bytes() for name in "abc"}
+    assert read["a"] == read["b"] != read["c"]
+
+
+def test_blank_lines_line_ends_and_missing_end(tmp_path):
+    path = tmp_path / "s.txt"
+    path.write_bytes(b"\xef\xbb\xbfa1\r\na2\r\n\r\n  \r\n\r\nb1\n\n\n\nc1\n\nd1")
+    index = index_documents(path)
+    assert index.sentences.tolist() == [2, 1, 1, 1]
+    make_shards(path, tmp_path, "t", 2, 0, 0.1, 0)
+    found = documents_of(tmp_path / "t_training_0.txt") + documents_of(tmp_path / "t_training_1.txt")
+    assert sorted(found) == ["a1\na2", "b1", "c1", "d1"]
+
+
+def test_stale_shards_are_replaced_and_other_files_kept(tmp_path):
+    sentences_file(tmp_path / "s.txt", 40)
+    out = tmp_path / "out"
+    make_shards(tmp_path / "s.txt", out, "text", 5, 2, 0.2, 0)
+    for name in ("text_training_x.txt", "text2_training_9.txt", "notes.txt"):
+        (out / name).write_text("keep")
+    counts = make_shards(tmp_path / "s.txt", out, "text", 3, 0, 0.2, 0)
+    assert counts.stale_removed == 4
+    assert sorted(path.name for path in out.iterdir()) == [
+        "notes.txt", "text2_training_9.txt", "text_training_0.txt", "text_training_1.txt", "text_training_2.txt",
+        "text_training_x.txt",
+    ]  # fmt: skip
+
+
+def test_a_failure_leaves_the_old_shards(tmp_path, monkeypatch):
+    sentences_file(tmp_path / "s.txt", 40)
+    out = tmp_path / "out"
+    make_shards(tmp_path / "s.txt", out, "text", 2, 0, 0.2, 0)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("berth.corpus.shards._copy_shard", full)
+    with pytest.raises(OSError, match="No space"):
+        make_shards(tmp_path / "s.txt", out, "text", 4, 1, 0.2, 0)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_too_few_documents_names_the_numbers(tmp_path):
+    sentences_file(tmp_path / "s.txt", 5)
+    with pytest.raises(DataError, match=r"5 documents are too few for 2 training and 1 test shards.*together 6"):
+        make_shards(tmp_path / "s.txt", tmp_path / "out", "t", 2, 1, 0.1, 0)
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 0.1, 0), (1, -1, 0.1, 0), (1, 1, 0.0, 0), (1, 1, 1.0, 0), (1, 0, 0.1, -1)])
+def test_wrong_numbers(numbers):
+    with pytest.raises(ConfigError):
+        plan_shards(np.ones(50, np.int64), *numbers)
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(DataError, match=r"data/sentences\.py"):
+        index_documents(tmp_path / "none.txt")
+    (tmp_path / "blank.txt").write_text("\n\n")
+    with pytest.raises(DataError, match="no sentence"):
+        index_documents(tmp_path / "blank.txt")
+    (tmp_path / "bad.txt").write_bytes(b"good\n\xe1\n")
+    with pytest.raises(DataError, match="offset 5"):
+        index_documents(tmp_path / "bad.txt")
+    sentences_file(tmp_path / "t_training_0.txt", 9)
+    with pytest.raises(ConfigError, match="looks like a shard"):
+        make_shards(tmp_path / "t_training_0.txt", tmp_path, "t", 1, 0, 0.1, 0)
+    with pytest.raises(ConfigError, match="prefix"):
+        make_shards(tmp_path / "t_training_0.txt", tmp_path, "../t", 1, 0, 0.1, 0)
+
+
+@given(
+    sizes=st.lists(st.integers(1, 10_000), min_size=2, max_size=80),
+    training=st.integers(1, 6),
+    test=st.integers(0, 4),
+    fraction=st.floats(0.01, 0.9),
+    seed=st.integers(0, 5),
+)
+def test_plans_are_partitions_with_two_documents_a_shard(sizes, training, test, fraction, seed):
+    array = np.array(sizes, np.int64)
+    if len(sizes) < 2 * (training + test):
+        with pytest.raises(DataError):
+            plan_shards(array, training, test, fraction, seed)
+        return
+    plans = plan_shards(array, training, test, fraction, seed)
+    assert [len(plan) for plan in plans] == [training, test]
+    shards = [shard for plan in plans for shard in plan]
+    assert sorted(number for shard in shards for number in shard) == list(range(len(sizes)))
+    assert min(map(len, shards)) >= 2

@@ -1,0 +1,51 @@
+"""berth.files: complete or absent, whatever happens in between."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from berth.files import atomic_open, atomic_path, read_json, remove_leftovers, sha256_file, sha256_json, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "value.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="No space"), atomic_open(path) as handle:
+        handle.write("new, but")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["value.txt"]
+
+
+def test_the_name_appears_only_when_complete(tmp_path):
+    path = tmp_path / "deep" / "value.bin"
+    with atomic_open(path, "wb") as handle:
+        handle.write(b"12")
+        assert not path.exists()
+    assert path.read_bytes() == b"12"
+
+
+def test_atomic_path_for_writers_that_open_by_name(tmp_path):
+    with atomic_path(tmp_path / "x") as temporary:
+        temporary.write_bytes(b"abc")
+    assert (tmp_path / "x").read_bytes() == b"abc"
+    with pytest.raises(ValueError), atomic_open(tmp_path / "y", "a"):
+        pass
+
+
+def test_json_round_trip_and_digests(tmp_path):
+    write_json(tmp_path / "a.json", {"é": [1, 2.5, None]})
+    assert read_json(tmp_path / "a.json") == {"é": [1, 2.5, None]}
+    assert json.loads((tmp_path / "a.json").read_bytes().decode("utf-8"))
+    assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1}) != sha256_json({"a": 1, "b": 3})
+    (tmp_path / "b").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "b") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
+    (tmp_path / ".ckpt_3.pt.77.partial").write_bytes(b"half")
+    (tmp_path / "ckpt_2.pt").write_bytes(b"whole")
+    assert remove_leftovers(tmp_path) == [".ckpt_3.pt.77.partial"]
+    assert os.listdir(tmp_path) == ["ckpt_2.pt"]
