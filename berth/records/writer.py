@@ -8,9 +8,10 @@ version bounds, attributes in sorted order.
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,8 +27,10 @@ Attribute = str | int | float | bool
 class RecordsWriter:
     """Appends blocks of rows to the datasets of an open file. Made by :func:`open_records`."""
 
-    def __init__(self, file: h5py.File, rows: int, max_seq_length: int, max_predictions_per_seq: int) -> None:
-        self.file, self.rows, self.written = file, rows, 0
+    def __init__(
+        self, file: h5py.File, disk: _DiskFile, rows: int, max_seq_length: int, max_predictions_per_seq: int
+    ) -> None:
+        self.file, self.disk, self.rows, self.written = file, disk, rows, 0
         widths = {"L": (max_seq_length,), "P": (max_predictions_per_seq,), "": ()}
         for name, (dtype, width) in DATASETS.items():
             shape = (rows, *widths[width])
@@ -43,32 +46,76 @@ class RecordsWriter:
             )
 
     def append(self, rows: Rows) -> None:
-        """Write ``rows`` after those already written. Blocks of a multiple of 1024 rows are compressed once."""
+        """Write ``rows`` after those already written. Blocks of a multiple of 1024 rows are compressed once.
+
+        Raises ``OSError`` when the disk is full.
+        """
         stop = self.written + len(rows.next_sentence_labels)
         for name, (dtype, _) in DATASETS.items():
             self.file[name][self.written : stop] = np.asarray(getattr(rows, name), dtype)
         self.written = stop
+        self.disk.check()
 
     def set_attributes(self, attributes: Mapping[str, Attribute]) -> None:
         for name in sorted(attributes):
             self.file.attrs[name] = attributes[name]
 
 
-class _OpenFile:
-    """An h5py file that is closed on leaving; a failure to close does not hide the error that came first."""
+class _DiskFile(io.RawIOBase):
+    """What HDF5 writes through: a plain file that remembers the first failure instead of passing it on.
+
+    The HDF5 library does not survive a failing write: it prints pages of tracebacks while it closes and can crash the
+    process at exit (seen with 2.0 and a full disk). So a failed write is kept in ``error`` and HDF5 is told that all is
+    well; whoever uses the file looks at ``error`` and throws the file away.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.file = h5py.File(path, "w", libver=("earliest", "v110"), track_order=False)
+        self.raw = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self.error: OSError | None = None
 
-    def __enter__(self) -> h5py.File:
-        return self.file
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while self.error is None and done < len(view):
+                done += self.raw.write(view[done:])
+        except OSError as error:
+            self.error = error
+        return len(view)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.file.close()
-        else:
-            with contextlib.suppress(Exception):
-                self.file.close()
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            if self.error is None:
+                self.raw.truncate(size)
+        except OSError as error:
+            self.error = error
+        return self.raw.tell() if size is None else size
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        done = self.raw.readinto(view) or 0
+        if self.error is not None:  # never written: anything of the right length will do
+            view[done:] = bytes(len(view) - done)
+            done = len(view)
+        return done
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.raw.tell()
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+    def check(self) -> None:
+        """Raise the failure that was kept, if any."""
+        if self.error is not None:
+            raise self.error
 
 
 @contextlib.contextmanager
@@ -79,8 +126,9 @@ def open_records(
 
     Raises ``OSError`` when the disk is full or the folder not writable; ``path`` then holds what it held before.
     """
-    with atomic_path(path) as temporary:
-        with _OpenFile(temporary) as file:
-            writer = RecordsWriter(file, rows, max_seq_length, max_predictions_per_seq)
+    with atomic_path(path) as temporary, contextlib.closing(_DiskFile(temporary)) as disk:
+        with h5py.File(disk, "w", libver=("earliest", "v110"), track_order=False) as file:
+            writer = RecordsWriter(file, disk, rows, max_seq_length, max_predictions_per_seq)
             yield writer
-            assert writer.written == rows, f"{writer.written} of {rows} rows were written"
+        disk.check()
+        assert writer.written == rows, f"{writer.written} of {rows} rows were written"

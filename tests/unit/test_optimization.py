@@ -437,8 +437,8 @@ def test_adamw_equals_its_formula_and_checks_its_values():
     for parameter in (weight, bias):
         parameter.grad = torch.full((3,), 0.5)
     optimizer.step()
-    assert float(bias[0]) == pytest.approx(2 - 0.1 * 0.5 / (0.5 + 1e-6))
-    assert float(weight[0]) == pytest.approx(2 * (1 - 0.1 * 0.01) - 0.1 * 0.5 / (0.5 + 1e-6))
+    assert bias[0].item() == pytest.approx(2 - 0.1 * 0.5 / (0.5 + 1e-6))
+    assert weight[0].item() == pytest.approx(2 * (1 - 0.1 * 0.01) - 0.1 * 0.5 / (0.5 + 1e-6))
     with pytest.raises(ValueError, match="eps must be"):
         adamw([weight], eps=-1)
 
@@ -455,7 +455,7 @@ def test_phase_two_begins_with_step_zero_on_warm_moments():
             weight.fill_(0.0)
         weight.grad = torch.full((3,), 0.5)
         optimizer.step(**({"grad_norm": 0.5} if isinstance(optimizer, Lamb) else {}))
-        assert float(-weight[0]) == pytest.approx(10 / math.sqrt(1000), rel=1e-4)  # 0.316: FEATURES 4.F3
+        assert -weight[0].item() == pytest.approx(10 / math.sqrt(1000), rel=1e-4)  # 0.316: FEATURES 4.F3
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules

@@ -146,7 +146,7 @@ def test_foreign_files_are_not_replaced(tmp_path, data):
     with h5py.File(output, "w") as file:
         file["input_ids"] = np.zeros((2, 2))
     before = output.read_bytes()
-    with pytest.raises(DataError, match="not made by berth.*--overwrite"):
+    with pytest.raises(DataError, match=r"not made by berth.*--overwrite"):
         run_job(job(data, output))
     assert output.read_bytes() == before
     assert not run_job(job(data, output), overwrite=True).skipped

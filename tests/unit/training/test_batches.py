@@ -1,0 +1,80 @@
+"""Cutting the stream into micro-batches: labels, padding, and the same samples however it is cut."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from berth.errors import DataError
+from berth.records.reader import SampleStream, open_index
+from berth.training.batches import BatchPlan, step_batches, to_micro_batch
+from tests.support import VOCAB_SIZE, make_project
+
+
+@pytest.fixture
+def stream(tmp_path):
+    return SampleStream(open_index(make_project(tmp_path) / "records", "training"), 3, VOCAB_SIZE)
+
+
+def test_labels_stand_at_their_positions(stream):
+    rows = stream.rows(0, 12)
+    batch = to_micro_batch(rows)
+    width = batch.input_ids.shape[1]
+    assert width % 8 == 0 and width >= rows.input_mask.sum(1).max() > width - 8
+    for row in range(12):
+        expected = {int(p): int(i) for p, i in zip(rows.masked_lm_positions[row], rows.masked_lm_ids[row], strict=True) if p}
+        found = {p: int(batch.labels[row, p]) for p in range(width) if batch.labels[row, p] != -100}
+        assert found == expected
+    assert batch.masked_index.tolist() == np.flatnonzero(batch.labels.numpy() != -100).tolist()
+    assert np.array_equal(batch.attention_mask.numpy(), rows.input_mask[:, :width] == 1)
+    assert np.array_equal(batch.input_ids.numpy(), rows.input_ids[:, :width])
+
+
+def test_positions_after_the_first_zero_are_padding(stream):
+    rows = stream.rows(0, 1)
+    rows.masked_lm_positions[0] = [3, 0, 5, 0, 0]
+    rows.masked_lm_ids[0] = [9, 9, 9, 9, 9]
+    assert to_micro_batch(rows).masked_index.tolist() == [3]
+
+
+@pytest.mark.parametrize(("world", "micro", "accumulation"), [(1, 24, 1), (1, 4, 6), (2, 6, 2), (4, 3, 2), (3, 8, 1)])
+def test_every_cut_takes_the_same_samples(stream, world, micro, accumulation):
+    plans = [BatchPlan(24, micro, accumulation, rank, world) for rank in range(world)]
+    for first in (0, 24, 150):  # the last crosses the end of the epoch
+        steps = [plan.build(stream, first) for plan in plans]
+        taken = [tuple(row) for step in steps for batch in step.micro_batches for row in _padded(batch)]
+        wanted = [tuple(row) for row in stream.rows(first, 24).input_ids]
+        assert sorted(taken) == sorted(wanted)
+        assert sum(step.masked for step in steps) == int((stream.rows(first, 24).masked_lm_positions > 0).sum())
+        assert sum(step.tokens for step in steps) == int(stream.rows(first, 24).input_mask.sum())
+        assert all(len(step.micro_batches) == accumulation for step in steps)
+
+
+def _padded(batch):
+    rows = batch.input_ids.numpy()
+    return np.pad(rows, ((0, 0), (0, 32 - rows.shape[1])))
+
+
+def test_grouping_by_length_saves_padding(stream):
+    grouped = BatchPlan(48, 8, 6, 0, 1).build(stream, 0)
+    plain = BatchPlan(48, 8, 6, 0, 1, group_by_length=False).build(stream, 0)
+    cells = [sum(batch.input_ids.numel() for batch in step.micro_batches) for step in (grouped, plain)]
+    assert cells[0] < cells[1] and grouped.checksum == plain.checksum and grouped.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_prefetching_changes_nothing(stream, prefetch):
+    plan = BatchPlan(16, 8, 2, 0, 1)
+    batches = step_batches(stream, plan, 32, prefetch)
+    got = list(itertools.islice(batches, 4))
+    batches.close()
+    assert [batch.first_sample for batch in got] == [32, 48, 64, 80]
+    assert [batch.checksum for batch in got] == [plan.build(stream, at).checksum for at in (32, 48, 64, 80)]
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_errors_of_the_reader_reach_the_caller(tmp_path, prefetch):
+    index = open_index(make_project(tmp_path) / "records", "training")
+    batches = step_batches(SampleStream(index, 1, vocab_size=10), BatchPlan(4, 4, 1, 0, 1), 0, prefetch)
+    with pytest.raises(DataError, match="vocabulary has 10"):
+        next(batches)

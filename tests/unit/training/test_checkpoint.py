@@ -1,0 +1,148 @@
+"""Checkpoints: complete or absent, checked, rotated over restarts, and never lost to a damaged one."""
+
+import errno
+import json
+import logging
+import os
+
+import pytest
+import torch
+
+from berth import files
+from berth.errors import CheckpointError
+from berth.training.checkpoint import CheckpointStore, read_checkpoint
+
+
+def save(store, step, phase=1, final=False, value=None):
+    payload = {"model": {"w": torch.full((50,), float(step if value is None else value))}, "optimizer": {"state": {}, "param_groups": []}}
+    return store.save(payload, step=step, phase=phase, phase_step=step, samples=step * 8, final=final)
+
+
+def steps(store):
+    return [entry.step for entry in store.entries()]
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = CheckpointStore(tmp_path / "out")
+    store.prepare()
+    return store
+
+
+def newest(store):
+    while True:
+        entry = store.entries()[-1]
+        try:
+            return store.load(entry), entry
+        except CheckpointError as error:
+            store.pass_over(entry, error)
+
+
+def test_round_trip(store):
+    path = save(store, 5)
+    payload = read_checkpoint(path)
+    assert (payload["step"], payload["phase"], payload["samples"], payload["final"]) == (5, 1, 40, False)
+    assert torch.equal(payload["model"]["w"], torch.full((50,), 5.0))
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    item = manifest["checkpoints"][0]
+    assert item["file"] == "ckpt_5.pt" and item["sha256"] == files.sha256_file(path) and item["bytes"] == path.stat().st_size
+
+
+def test_three_newest_stay_over_restarts_and_phase_ends_for_ever(store):
+    for step in (5, 10, 15):
+        save(store, step)
+    save(store, 20, final=True)
+    again = CheckpointStore(store.folder)  # a new process
+    for step in (25, 30, 35, 40):
+        save(again, step, phase=2)
+    assert steps(again) == [20, 30, 35, 40]
+    assert sorted(p.name for p in store.folder.glob("*.pt")) == ["ckpt_20.pt", "ckpt_30.pt", "ckpt_35.pt", "ckpt_40.pt"]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
+def test_a_damaged_newest_checkpoint_is_passed_over(store, damage):
+    save(store, 5)
+    path = save(store, 10)
+    data = bytearray(path.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    path.write_bytes({"truncate": bytes(data[:-100]), "flip": bytes(data), "empty": b""}[damage])
+    with pytest.raises(CheckpointError, match="ckpt_10.pt"):
+        store.load(store.entries()[-1])
+    payload, entry = newest(CheckpointStore(store.folder))
+    assert entry.step == 5 and payload["step"] == 5
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(store):
+    save(store, 5).write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="every checkpoint .* is damaged"):
+        newest(store)
+
+
+def test_the_window_between_rename_and_manifest(store):
+    save(store, 5)
+    manifest = (store.folder / "manifest.json").read_bytes()
+    save(store, 10)
+    (store.folder / "manifest.json").write_bytes(manifest)  # killed before the manifest was written
+    again = CheckpointStore(store.folder)
+    payload, entry = newest(again)
+    assert entry.step == 10 and entry.sha256 == "" and entry.samples == 80 and payload["step"] == 10
+    (store.folder / "manifest.json").write_text("{ half")
+    assert steps(CheckpointStore(store.folder)) == [5, 10]
+
+
+def test_unlisted_damaged_and_foreign_files_do_not_disturb(store, caplog):
+    save(store, 5)
+    (store.folder / "ckpt_99.pt").write_bytes(b"PK half a zip")
+    (store.folder / "best.pt").write_bytes(b"something else")
+    torch.save({"model": {}}, store.folder / "ckpt_7.pt")
+    with caplog.at_level(logging.WARNING):
+        assert steps(CheckpointStore(store.folder)) == [5]
+    assert "ckpt_99.pt" in caplog.text and "ckpt_7.pt" in caplog.text
+
+
+def test_full_disk_keeps_what_was_there(store, monkeypatch):
+    save(store, 5)
+    before = sorted(os.listdir(store.folder))
+
+    def full(_descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(CheckpointError, match=r"ckpt_10.pt could not be written.*No space left.*ckpt_5.pt is intact"):
+        save(store, 10)
+    assert sorted(os.listdir(store.folder)) == before
+    assert newest(store)[1].step == 5
+
+
+def test_leftovers_are_removed_at_the_start(store):
+    (store.folder / ".ckpt_3.pt.1.partial").write_bytes(b"half")
+    store.prepare()
+    assert os.listdir(store.folder) == []
+
+
+def test_going_back_sets_the_abandoned_branch_aside(store):
+    for step in (5, 10, 15):
+        save(store, step)
+    save(store, 7, value=-1)  # resumed from 5 with --resume_step
+    assert steps(store) == [5, 7]
+    assert sorted(p.name for p in store.folder.glob("*.pt")) == ["ckpt_5.pt", "ckpt_7.pt", "superseded_ckpt_10.pt", "superseded_ckpt_15.pt"]
+
+
+def test_pickles_are_not_executed(store):
+    class Evil:
+        def __reduce__(self):
+            return (os.system, ("touch " + str(store.folder / "pwned"),))
+
+    torch.save({"format": "berth-checkpoint", "x": Evil()}, store.folder / "ckpt_1.pt")
+    with pytest.raises(CheckpointError):
+        read_checkpoint(store.folder / "ckpt_1.pt")
+    assert not (store.folder / "pwned").exists()
+
+
+def test_errors_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be used"):
+        CheckpointStore(tmp_path / "file" / "out").prepare()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        read_checkpoint(tmp_path / "none.pt")

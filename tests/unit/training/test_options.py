@@ -1,0 +1,77 @@
+"""The command line of run_pretraining.py: one frozen object, all mistakes at once."""
+
+import dataclasses
+import re
+
+import pytest
+
+from berth.errors import ConfigError
+from berth.training.options import OBSOLETE_HARMLESS, build_parser, parse_options
+
+
+@pytest.fixture
+def required(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return ["--input_dir", "data", "--config_file", str(tmp_path / "config.json"), "--output_dir", "out"]
+
+
+def test_batch_algebra_and_derived_paths(required):
+    options = parse_options([*required, "--train_batch_size", "8192", "--gradient_accumulation_steps", "512"])
+    assert options.micro_batch == 16 and options.phase == 1
+    assert options.json_summary == "out/dllogger.json" and options.tensorboard_dir == "out/tensorboard"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.seed = 1
+
+
+def test_the_published_command_line_is_understood(required):
+    """The flags that the public run.sub and run_pretraining.sh pass for phase 2."""
+    words = (
+        "--bert_model bert-large-uncased --max_seq_length 512 --max_predictions_per_seq 80 --max_steps 1563 --warmup_proportion 0.128 "
+        "--num_steps_per_checkpoint 200 --learning_rate 4e-3 --seed 42 --fp16 --gradient_accumulation_steps 512 --train_batch_size 4096 "
+        "--allreduce_post_accumulation --allreduce_post_accumulation_fp16 --phase2 --resume_from_checkpoint --phase1_end_step 7038 "
+        "--do_train --log_freq 1.0 --local_rank 0 --json-summary out.json --disable_progress_bar --use_env --steps_this_run -1 --resume_step -1"
+    )
+    options = parse_options([*required, *words.split()])
+    assert options.precision == "fp16" and options.phase2 and options.max_steps == 1563 and options.micro_batch == 8
+    assert options.steps_this_run is None and options.resume_step is None
+    assert any("--bert_model" in notice for notice in options.notices)
+
+
+def test_all_mistakes_at_once(required):
+    with pytest.raises(ConfigError) as caught:
+        parse_options(
+            [*required, "--train_batch_size", "100", "--gradient_accumulation_steps", "8", "--warmup_proportion", "3", "--fp16", "--precision",
+             "bf16", "--phase1_end_step", "5", "--eval_freq", "10", "--cuda_graphs", "--max_steps", "0"]
+        )  # fmt: skip
+    text = str(caught.value)
+    for words in ("96 or 104", "--warmup_proportion is 3.0", "--fp16 contradicts --precision bf16", "--phase1_end_step", "--eval_freq needs",
+                  "--cuda_graphs", "--max_steps is 0"):  # fmt: skip
+        assert words in text
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("words", [["--max_steps", "10.5"], ["--unknown", "1"], ["--optimizer", "sgd"], ["--learning_rat", "1"]])
+def test_usage_errors(required, words):
+    with pytest.raises(ConfigError, match="--help"):
+        parse_options([*required, *words])
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"--config_file .*none.json does not exist"):
+        parse_options(["--input_dir", "d", "--config_file", str(tmp_path / "none.json"), "--output_dir", "o"])
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "loss_scale", "seed", "num_workers"])
+def test_negative_numbers(required, name):
+    with pytest.raises(ConfigError, match=f"--{name} is -1"):
+        parse_options([*required, f"--{name}", "-1"])
+
+
+def test_help_explains_every_option():
+    text = build_parser().format_help()
+    shown = [action for action in build_parser()._actions if action.help != "==SUPPRESS=="]
+    for action in shown:
+        assert action.help, action.option_strings
+        assert action.option_strings[0] in text
+    assert len(shown) > 45 and "130 after Ctrl-C" in re.sub(r"\s+", " ", text)
+    assert not any(flag in text for flag in OBSOLETE_HARMLESS if flag != "--allreduce_post_accumulation")
