@@ -27,7 +27,7 @@ from berth.errors import CheckpointError, ConfigError, DataError, TrainingError,
 from berth.records.reader import RecordsIndex, SampleStream, open_index
 from berth.text.vocabulary import Vocabulary
 from berth.training.batches import BatchPlan, StepBatch, step_batches
-from berth.training.checkpoint import CheckpointStore, Entry, read_checkpoint
+from berth.training.checkpoint import MANIFEST, CheckpointStore, Entry, read_checkpoint
 from berth.training.distributed import Communicator, choose_device, discover_rank
 from berth.training.evaluate import HeldOut
 from berth.training.options import Options, parse_options
@@ -175,7 +175,7 @@ class Pretraining:
         """Phase 2 begins: names count on from phase 1, moments and step as --phase2_moments / --phase2_step say (F3)."""
         state.offset = self.checked_phase1_end(int(payload["step"]))
         if self.options.phase2_moments == "keep" and payload.get("optimizer") is not None:
-            self.optimizer.load_state_dict(payload["optimizer"])
+            self.load_moments(payload)
             if self.options.phase2_step == "reset":
                 optimization.set_step(self.optimizer, 0)
 
@@ -188,7 +188,7 @@ class Pretraining:
     def restore(self, payload: dict[str, Any], state: RunState) -> None:
         """Continue exactly where the checkpoint stands."""
         self.model.load_state_dict(payload["model"])
-        self.optimizer.load_state_dict(payload["optimizer"])
+        self.load_moments(payload)
         self.precision.scaler.load_state_dict(payload["scaler"])
         state.phase_step, state.samples = int(payload["phase_step"]), int(payload["samples"])
         state.offset = int(payload["step"]) - state.phase_step
@@ -196,6 +196,15 @@ class Pretraining:
             self.checked_phase1_end(state.offset)
         state.skipped, state.consecutive_skips = int(payload["skipped"]), int(payload["consecutive_skips"])
         self.fresh = False
+
+    def load_moments(self, payload: dict[str, Any]) -> None:
+        try:
+            self.optimizer.load_state_dict(payload["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"the optimizer state in the checkpoint is not of this --optimizer {self.options.optimizer} ({error}); use the optimizer that "
+                "wrote it, or --phase2_moments reset on entering phase 2"
+            ) from error
 
     def build_step(self) -> TrainingStep:
         kind = TrainingStep if self.options.objective == "mlm+nsp" else MaskedLmTrainingStep
@@ -205,6 +214,7 @@ class Pretraining:
             self.schedule,
             self.precision,
             self.communicator,
+            global_norm=optimization.global_norm,
             clips_itself=isinstance(self.optimizer, optimization.Lamb),
             clip_norm=self.options.max_grad_norm,
             reduce_fp16=self.options.allreduce_post_accumulation_fp16,
@@ -467,18 +477,28 @@ def build_schedule(options: Options) -> optimization.Schedule:
     """The learning-rate schedule over this phase's steps."""
     extra: dict[str, float] = {}
     if options.lr_schedule == "exponential":
-        extra = {"decay_rate": options.lr_decay_rate, "decay_steps": options.lr_decay_steps, "lr_offset": options.lr_offset}
+        extra = {
+            "warmup_degree": options.lr_warmup_degree,
+            "decay_rate": options.lr_decay_rate,
+            "decay_steps": options.lr_decay_steps,
+            "lr_offset": options.lr_offset,
+        }
     return optimization.make_schedule(
         options.lr_schedule, options.learning_rate, options.warmup_proportion, options.max_steps, **extra
     )
 
 
 def load_full_checkpoint(path: str) -> dict[str, Any] | None:
-    """A berth training checkpoint's whole payload, or ``None`` when ``path`` holds weights only."""
-    if not Path(path).is_file() or Path(path).suffix != ".pt":
+    """The whole payload of a berth training checkpoint (or of an output folder's newest), ``None`` when ``path`` holds weights only."""
+    from berth.export.weights import newest_checkpoint
+
+    file = Path(path)
+    if file.is_dir() and (file / MANIFEST).is_file():
+        file = newest_checkpoint(file)
+    if file.suffix != ".pt" or not file.is_file():
         return None
     try:
-        payload = read_checkpoint(path)
+        payload = read_checkpoint(file)
     except CheckpointError:  # weights of another format; load_weights has read and reported them
         return None
     return payload if "optimizer" in payload else None

@@ -14,7 +14,7 @@ import dataclasses
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -60,7 +60,8 @@ class Result:
 
 def plan_file(input_path: Path, output: Path, vocab_file: Path, options: RecordOptions) -> Job:
     """The job for one records file from a text file, or from every ``.txt`` below a folder in sorted order."""
-    return Job(input_path.resolve().name, tuple(text_files(input_path)), output, vocab_file, options)
+    name = input_path.name if input_path.is_file() else input_path.resolve().name
+    return Job(name, tuple(text_files(input_path)), output, vocab_file, options)
 
 
 def plan_folder(input_path: Path, output_dir: Path, vocab_file: Path, options: RecordOptions) -> list[Job]:
@@ -128,7 +129,7 @@ def _write_rows(writer: RecordsWriter, maker: RowMaker, text: TokenText, instanc
     return used, masked
 
 
-def run_job(job: Job, overwrite: bool = False, progress: Callable[[int], None] | None = None) -> Result:
+def run_job(job: Job, overwrite: bool = False) -> Result:
     """Make one records file, or find it finished.
 
     Raises :class:`DataError` for a wrong vocabulary or text, ``OSError`` when it cannot be written (no partial file stays).
@@ -140,7 +141,7 @@ def run_job(job: Job, overwrite: bool = False, progress: Callable[[int], None] |
     done = _finished(job, attributes, overwrite)
     if done is not None:
         return Result(job.output, done, size, True, time.perf_counter() - start)
-    text = tokenize_files(job.files, vocabulary, job.options.lowercase, progress)
+    text = tokenize_files(job.files, vocabulary, job.options.lowercase)
     instances = make_instances(text, job.options, job.name)
     maker = RowMaker(vocabulary, job.options)
     options = job.options

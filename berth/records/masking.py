@@ -125,7 +125,7 @@ class RowMaker:
                 break
         accepted_starts = np.zeros_like(candidate)
         np.put_along_axis(accepted_starts, by_draw, accepted, axis=1)
-        chosen = np.take_along_axis(accepted_starts, word_start, axis=1) & candidate
+        chosen = np.take_along_axis(accepted_starts, word_start, axis=1)
         places = np.where(chosen, self.positions, self.options.max_seq_length).astype(np.int64)
         places.sort(axis=1)
         places = places[:, : self.options.max_predictions_per_seq]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -158,24 +158,16 @@ class _Collector:
         )
 
 
-def tokenize_files(
-    files: Sequence[Path],
-    vocabulary: Vocabulary,
-    lowercase: bool,
-    progress: Callable[[int], None] | None = None,
-) -> TokenText:
+def tokenize_files(files: Sequence[Path], vocabulary: Vocabulary, lowercase: bool) -> TokenText:
     """Tokenise ``files`` in order; the end of a file ends its last document.
 
-    ``progress``, if given, is called with the number of characters of every block read. Raises :class:`DataError` for
-    missing files, invalid UTF-8 and for text in which no token is left.
+    Raises :class:`DataError` for missing files, invalid UTF-8 and for text in which no token is left.
     """
     dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     collector = _Collector(load_tokenizer(vocabulary, lowercase, special_tokens=False), dtype)
     for file in files:
         for block in read_blocks(file):
             collector.add(drop_controls(block).removesuffix("\n").split("\n"))
-            if progress is not None:
-                progress(len(block))
         collector.end_document()
     text = collector.finish()
     if not len(text.ids):

@@ -69,8 +69,10 @@ class _DiskFile(io.RawIOBase):
     well; whoever uses the file looks at ``error`` and throws the file away.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: Path) -> None:
+        """Open ``path``; failures speak of ``name``, the file it will become."""
         self.raw = open(path, "w+b", buffering=0)  # noqa: SIM115 - closed by close()
+        self.name = str(name)
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -113,9 +115,9 @@ class _DiskFile(io.RawIOBase):
         super().close()
 
     def check(self) -> None:
-        """Raise the failure that was kept, if any."""
+        """Raise the failure that was kept, if any, with the name of the file."""
         if self.error is not None:
-            raise self.error
+            raise OSError(self.error.errno, self.error.strerror, self.name)
 
 
 @contextlib.contextmanager
@@ -126,7 +128,7 @@ def open_records(
 
     Raises ``OSError`` when the disk is full or the folder not writable; ``path`` then holds what it held before.
     """
-    with atomic_path(path) as temporary, contextlib.closing(_DiskFile(temporary)) as disk:
+    with atomic_path(path) as temporary, contextlib.closing(_DiskFile(temporary, path)) as disk:
         with h5py.File(disk, "w", libver=("earliest", "v110"), track_order=False) as file:
             writer = RecordsWriter(file, disk, rows, max_seq_length, max_predictions_per_seq)
             yield writer

@@ -103,6 +103,26 @@ def _training_batches(words: Counter[str], alphabet: set[str]) -> Iterator[str]:
         yield " ".join(batch)
 
 
+def _learn_merges(
+    words: Counter[str], alphabet: set[str], initial: list[str], vocab_size: int, min_frequency: int
+) -> list[str]:
+    """``initial`` and the pieces merged from it, in id order: at most ``vocab_size``."""
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(piece, normalized=False, special=True) for piece in initial],
+        continuing_subword_prefix=CONTINUATION,
+        show_progress=False,
+    )
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(_training_batches(words, alphabet), trainer)
+    ids = learner.get_vocab()
+    pieces = sorted(ids, key=lambda piece: ids[piece])
+    assert pieces[: len(initial)] == initial and len(pieces) <= vocab_size, "the trainer changed the given alphabet"
+    return pieces
+
+
 def _unk_share(vocabulary: Vocabulary, words: Counter[str]) -> float:
     """Share of running words that become ``[UNK]``, over the most frequent distinct words."""
     sample = sorted(words, key=lambda word: (-words[word], word))[:UNK_SAMPLE_WORDS]
@@ -147,19 +167,7 @@ def train_wordpiece(
             f"--vocab_size {vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens and {len(alphabet)} distinct "
             f"characters with their ## forms need {len(initial)}; raise it, or lower --limit_alphabet"
         )
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[AddedToken(piece, normalized=False, special=True) for piece in initial],
-        continuing_subword_prefix=CONTINUATION,
-        show_progress=False,
-    )
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    learner.train_from_iterator(_training_batches(words, set(alphabet)), trainer)
-    ids = learner.get_vocab()
-    pieces = sorted(ids, key=lambda piece: ids[piece])
-    assert pieces[: len(initial)] == initial and len(pieces) <= vocab_size, "the trainer changed the given alphabet"
+    pieces = _learn_merges(words, set(alphabet), initial, vocab_size, min_frequency)
     with atomic_open(output) as handle:
         handle.writelines(piece + "\n" for piece in pieces)
     vocabulary = Vocabulary.load(output)

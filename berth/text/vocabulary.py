@@ -97,7 +97,7 @@ class Vocabulary:
 def _check(file: Path, lines: list[str]) -> None:
     seen: dict[str, int] = {}
     for number, piece in enumerate(lines, 1):
-        if not piece.strip():
+        if not piece:
             raise DataError(f"{file}: line {number} is empty; every line of a vocabulary is one piece")
         if piece in seen:
             raise DataError(f"{file}: piece {piece!r} stands on line {seen[piece]} and again on line {number}")

@@ -60,6 +60,7 @@ class Options:
     learning_rate: float
     warmup_proportion: float
     lr_schedule: str
+    lr_warmup_degree: float
     lr_decay_rate: float
     lr_decay_steps: int
     lr_offset: float
@@ -160,9 +161,10 @@ def _add_batch(group: Any) -> None:
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
     add("--warmup_proportion", type=float, default=0.01, help="share of max_steps in which the rate rises from 0")
     add("--lr_schedule", choices=SCHEDULE_NAMES, default="poly", help="poly: linear warm-up then sqrt(1 - t/T), as the LAMB recipe")
+    add("--lr_warmup_degree", type=float, default=2.0, help="exponential schedule: power of the warm-up (DeepSpeed 2, AzureML 1)")
     add("--lr_decay_rate", type=float, default=0.9, help="exponential schedule: factor every --lr_decay_steps")
     add("--lr_decay_steps", type=int, default=250, help="exponential schedule: steps in which the rate falls by --lr_decay_rate")
-    add("--lr_offset", type=float, default=0.0, help="exponential schedule: added to the rate after warm-up")
+    add("--lr_offset", type=float, default=0.0, help="exponential schedule: added to the rate of every step")
     add("--weight_decay", type=float, default=0.01, help="of all parameters but biases and LayerNorm")
     add("--max_grad_norm", type=float, default=1.0, help="clip the global gradient norm to this; 0 = off")
     add("--seed", type=int, default=42, help="of initial weights, data order and dropout")
@@ -284,7 +286,7 @@ def _problems(options: Options) -> list[str]:
     for name in ("num_workers", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed"):
         value = getattr(options, name)
         rule(value >= 0, f"--{name} is {value}, it must not be negative")
-    for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "timeout_min", "lr_decay_rate"):
+    for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "timeout_min", "lr_decay_rate", "lr_warmup_degree"):
         value = getattr(options, name)
         rule(0 < value < float("inf"), f"--{name} is {value}, it must be positive and finite")
     rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")

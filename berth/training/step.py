@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -54,6 +55,7 @@ class TrainingStep:
     """Runs optimizer steps. ``model`` is the bare module; it is wrapped for data parallelism here when there are several ranks.
 
     Args:
+        global_norm: 2-norm of all gradients together, as a 0-dim tensor.
         clip_norm: gradients are scaled to this global norm before the update; 0 = off. Used only when the optimizer does not clip
             by itself (``clips_itself``; LAMB does).
         reduce_fp16: send gradients as fp16 between ranks.
@@ -67,13 +69,14 @@ class TrainingStep:
         precision: Precision,
         communicator: Communicator,
         *,
+        global_norm: Callable[[list[torch.Tensor]], torch.Tensor],
         clips_itself: bool,
         clip_norm: float = 1.0,
         reduce_fp16: bool = False,
     ) -> None:
         self.optimizer, self.schedule, self.precision = optimizer, schedule, precision
         self.communicator, self.device = communicator, communicator.device
-        self.clips_itself, self.clip_norm = clips_itself, clip_norm
+        self.global_norm, self.clips_itself, self.clip_norm = global_norm, clips_itself, clip_norm
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model: nn.Module = model
         if communicator.world_size > 1:
@@ -114,9 +117,11 @@ class TrainingStep:
                 **self._nsp_arguments(micro, sequences),
             )
         (output.loss * (self.precision.scaler.scale * self.communicator.world_size)).backward()
-        losses.mlm += output.loss.detach() if output.mlm_loss is None else output.mlm_loss.detach()
-        if output.nsp_loss is not None:
-            losses.nsp += output.nsp_loss.detach()
+        self._account(output, losses)
+
+    def _account(self, output: Any, losses: LossSums) -> None:
+        losses.mlm += output.mlm_loss.detach()
+        losses.nsp += output.nsp_loss.detach()
 
     def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
         return {"next_sentence_label": micro.next_sentence_label, "nsp_denominator": sequences}
@@ -128,7 +133,7 @@ class TrainingStep:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         if scaler.scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scaler.scale)
-        norm_tensor = torch.nn.utils.get_total_norm(gradients)
+        norm_tensor = self.global_norm(gradients)
         norm = float(norm_tensor)
         finite = norm == norm and norm != float("inf")
         if finite:
@@ -148,3 +153,6 @@ class MaskedLmTrainingStep(TrainingStep):
 
     def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
         return {}
+
+    def _account(self, output: Any, losses: LossSums) -> None:
+        losses.mlm += output.loss.detach()

@@ -32,6 +32,11 @@ def test_windows_line_ends_and_no_final_line_end(tmp_path):
     assert Vocabulary.load(tmp_path / "w.txt").pieces == tuple(GOOD)
 
 
+def test_white_space_can_be_a_piece(tmp_path):
+    """Some multilingual vocabularies hold U+2028 and the like; only the line feed ends a line."""
+    assert Vocabulary.load(save(tmp_path / "v.txt", [*GOOD, "\u2028", "\u00a0"])).size == 13
+
+
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [

@@ -1,0 +1,191 @@
+"""One optimizer step: the same for every cut of the global batch; skips what is not finite; evaluation against a plain loop."""
+
+import copy
+import datetime
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modeling
+import optimization
+from berth.records.reader import SampleStream, open_index
+from berth.training.batches import BatchPlan
+from berth.training.distributed import Communicator, Rank
+from berth.training.evaluate import HeldOut
+from berth.training.precision import make_precision
+from berth.training.step import MaskedLmTrainingStep, TrainingStep
+from tests.support import TINY, VOCAB_SIZE, make_project
+
+CONFIG = modeling.BertConfig.from_dict({**TINY, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+ALONE = Communicator(Rank(), torch.device("cpu"), datetime.timedelta(seconds=1))
+
+
+@pytest.fixture
+def stream(tmp_path):
+    return SampleStream(open_index(make_project(tmp_path) / "records", "training"), 3, VOCAB_SIZE)
+
+
+def build(kind=modeling.BertForPreTraining, optimizer="lamb", precision="fp32", loss_scale=0.0, clip=1.0):
+    torch.manual_seed(0)
+    model = kind(CONFIG)
+    groups = optimization.parameter_groups(model)
+    made = optimization.Lamb(groups, lr=1e-2, max_grad_norm=clip) if optimizer == "lamb" else optimization.adamw(groups, lr=1e-2)
+    schedule = optimization.make_schedule("poly", 1e-2, 0.1, 20)
+    mode = make_precision(precision, "cpu", loss_scale, 2.0**10, 1.0)
+    step_kind = TrainingStep if kind is modeling.BertForPreTraining else MaskedLmTrainingStep
+    return model, step_kind(model, made, schedule, mode, ALONE, global_norm=optimization.global_norm, clips_itself=optimizer == "lamb", clip_norm=clip)
+
+
+def run(step, stream, micro, accumulation, steps=3):
+    plan = BatchPlan(24, micro, accumulation, 0, 1)
+    results = []
+    for number in range(steps):
+        batch = plan.build(stream, number * 24)
+        results.append(step(batch, number + 1, batch.masked, 24))
+    return results
+
+
+@pytest.mark.parametrize(("micro", "accumulation"), [(12, 2), (8, 3), (3, 8), (1, 24)])
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_accumulation_is_one_big_batch(stream, micro, accumulation, optimizer):
+    whole_model, whole = build(optimizer=optimizer)
+    cut_model, cut = build(optimizer=optimizer)
+    for one, other in zip(run(whole, stream, 24, 1), run(cut, stream, micro, accumulation), strict=True):
+        assert float(one.mlm_loss) == pytest.approx(float(other.mlm_loss), abs=2e-6)
+        assert float(one.nsp_loss) == pytest.approx(float(other.nsp_loss), abs=2e-6)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+    for (name, a), b in zip(whole_model.named_parameters(), cut_model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=3e-6), name
+
+
+def test_the_gradient_is_that_of_the_plain_mean(stream):
+    """Independent of our own loss: one big forward with every position projected, cross-entropy by torch."""
+    model, step = build(clip=0.0)
+    reference = copy.deepcopy(model)
+    batch = BatchPlan(24, 4, 6, 0, 1).build(stream, 0)
+    seen = {}
+    step.optimizer.step = lambda **_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    step(batch, 1, batch.masked, 24)
+    reference.dense_sequence_output = False
+    total_mlm, total_nsp = 0.0, 0.0
+    for micro in batch.micro_batches:
+        out = reference(input_ids=micro.input_ids, attention_mask=micro.attention_mask, token_type_ids=micro.token_type_ids)
+        total_mlm = total_mlm + F.cross_entropy(out.prediction_logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100, reduction="sum")
+        total_nsp = total_nsp + F.cross_entropy(out.seq_relationship_logits, micro.next_sentence_label, reduction="sum")
+    (total_mlm / batch.masked + total_nsp / 24).backward()
+    for name, parameter in reference.named_parameters():
+        assert torch.allclose(seen[name], parameter.grad, atol=2e-6), name
+
+
+def test_static_loss_scale_changes_nothing(stream):
+    plain_model, plain = build()
+    scaled_model, scaled = build(loss_scale=4096.0)
+    for one, other in zip(run(plain, stream, 12, 2), run(scaled, stream, 12, 2), strict=True):
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6)
+    for a, b in zip(plain_model.parameters(), scaled_model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_a_gradient_that_is_not_finite_skips_the_update(stream, optimizer):
+    model, step = build(optimizer=optimizer, precision="fp16")
+    run(step, stream, 24, 1, steps=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = copy.deepcopy(step.optimizer.state_dict())
+    scale = step.precision.scaler.scale
+    hook = model.bert.embeddings.LayerNorm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    batch = BatchPlan(24, 24, 1, 0, 1).build(stream, 0)
+    result = step(batch, 2, batch.masked, 24)
+    hook.remove()
+    assert result.skipped and not math.isfinite(result.grad_norm)
+    assert step.precision.scaler.scale == scale / 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    now = step.optimizer.state_dict()
+    assert [g.get("step") for g in now["param_groups"]] == [g.get("step") for g in state["param_groups"]]
+    for key, values in now["state"].items():
+        assert all(torch.equal(values[name], state["state"][key][name]) for name in ("exp_avg", "exp_avg_sq"))
+    assert not step(batch, 2, batch.masked, 24).skipped
+
+
+def test_adamw_clips_to_the_norm(stream):
+    seen = []
+    model, step = build(optimizer="adamw", clip=0.01)
+    original = step.optimizer.step
+    step.optimizer.step = lambda: (
+        seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))), original()
+    )  # fmt: skip
+    result = run(step, stream, 24, 1, steps=1)[0]
+    assert result.grad_norm > 0.1 and seen == [pytest.approx(0.01, rel=1e-5)]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_stays_close(stream, precision):
+    _, exact = build()
+    _, low = build(precision=precision)
+    for one, other in zip(run(exact, stream, 24, 1), run(low, stream, 24, 1), strict=True):
+        assert not other.skipped
+        assert float(other.mlm_loss) == pytest.approx(float(one.mlm_loss), rel=0.02)
+    assert all(p.dtype == torch.float32 for p in low.parameters)
+
+
+def test_masked_lm_alone(stream):
+    model, step = build(kind=modeling.BertForMaskedLM)
+    results = run(step, stream, 12, 2)
+    assert all(float(result.nsp_loss) == 0 and float(result.mlm_loss) > 0 for result in results)
+    assert not any("pooler" in name or "seq_relationship" in name for name in model.state_dict())
+
+
+def test_a_micro_batch_without_masks_does_no_harm(stream):
+    model, step = build()
+    rows = stream.rows(0, 24)
+    rows.masked_lm_positions[:12] = 0
+
+    class Fixed:
+        def rows(self, first, count):
+            return rows
+
+    batch = BatchPlan(24, 12, 2, 0, 1, group_by_length=False).build(Fixed(), 0)
+    assert len(batch.micro_batches[0].masked_index) == 0
+    result = step(batch, 1, batch.masked, 24)
+    assert not result.skipped and math.isfinite(float(result.mlm_loss))
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [modeling.BertForPreTraining, modeling.BertForMaskedLM])
+def test_evaluation_against_a_plain_loop(tmp_path, kind):
+    index = open_index(make_project(tmp_path) / "records", "test")
+    torch.manual_seed(0)
+    model = kind(CONFIG)
+    held_out = HeldOut(index, VOCAB_SIZE)
+    result = held_out.evaluate(model, make_precision("fp32", "cpu", 0, 1, 1), ALONE, batch_size=7)
+    rows = SampleStream(index, 0, VOCAB_SIZE, shuffle=False).rows(0, 40)
+    loss = correct = count = nsp = 0
+    labels_seen = []
+    model.eval()
+    with torch.no_grad():
+        for row in range(40):
+            size = int(rows.input_mask[row].sum())
+            out = model(
+                input_ids=torch.tensor(rows.input_ids[row : row + 1, :size]).long(),
+                token_type_ids=torch.tensor(rows.segment_ids[row : row + 1, :size]).long(),
+            )
+            logits = (out.prediction_logits if hasattr(out, "prediction_logits") else out.logits)[0]
+            for position, label in zip(rows.masked_lm_positions[row], rows.masked_lm_ids[row], strict=True):
+                if position:
+                    loss += float(F.cross_entropy(logits[position][None], torch.tensor([int(label)])))
+                    correct += int(logits[position].argmax() == label)
+                    count += 1
+                    labels_seen.append(int(label))
+            if kind is modeling.BertForPreTraining:
+                nsp += int(out.seq_relationship_logits.argmax() == rows.next_sentence_labels[row])
+    assert result.masked_tokens == count and result.sequences == 40
+    assert result.mlm_loss == pytest.approx(loss / count, abs=1e-5) and result.mlm_accuracy == pytest.approx(correct / count)
+    assert result.nsp_accuracy == pytest.approx(nsp / 40)
+    shares = np.array([labels_seen.count(label) for label in set(labels_seen)]) / count
+    assert held_out.baselines.unigram_entropy == pytest.approx(-(shares * np.log(shares)).sum())
+    assert held_out.baselines.most_frequent_token_accuracy == pytest.approx(shares.max())
+    positive = rows.next_sentence_labels.mean()
+    assert held_out.baselines.most_frequent_nsp_accuracy == pytest.approx(max(positive, 1 - positive))
