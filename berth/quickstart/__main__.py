@@ -13,6 +13,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from berth.errors import ConfigError, DataError, run_main
 from berth.files import write_json
@@ -44,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cased", action="store_true", help="keep upper case and accents")
     add("--vocab_size", type=int, default=8000, help="entries of the WordPiece vocabulary")
     add("--config", default=str(ROOT / "bert_configs" / "tiny.json"), help="shape of the model (vocab_size is filled in)")
-    both = {"nargs": 2, "metavar": ("PHASE1", "PHASE2")}
+    both: Any = {"nargs": 2, "metavar": ("PHASE1", "PHASE2")}
     add("--steps", type=int, default=(PHASE1.steps, PHASE2.steps), help="optimizer steps", **both)
     add("--batch", type=int, default=(PHASE1.batch, PHASE2.batch), help="sequences a step", **both)
     add("--learning_rate", type=float, default=(PHASE1.learning_rate, PHASE2.learning_rate), help="peak learning rate", **both)

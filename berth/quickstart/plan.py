@@ -160,7 +160,7 @@ def records_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
         ),
         (demo.records(phase),),
         depends,
-        resumable=True,
+        folder=demo.records(phase),
     )  # fmt: skip
 
 
@@ -175,12 +175,12 @@ def training_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
             "--max_seq_length", phase.seq_length, "--max_predictions_per_seq", phase.predictions,
             "--train_batch_size", phase.batch, "--gradient_accumulation_steps", phase.accumulation,
             "--max_steps", phase.steps, "--learning_rate", phase.learning_rate, "--warmup_proportion", phase.warmup,
-            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", demo.eval_samples,
+            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", demo.eval_samples, "--eval_freq", max(1, phase.steps // 5),
             "--num_steps_per_checkpoint", max(5, phase.steps // 10), "--resume_from_checkpoint", *second,
         ),
         (demo.checkpoint(phase),),
         depends,
-        resumable=True,
+        folder=demo.results(phase),
     )  # fmt: skip
 
 

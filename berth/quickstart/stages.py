@@ -31,14 +31,15 @@ class Stage:
         command: argv.
         outputs: files or folders it makes; all must exist afterwards.
         depends: digests of what goes in (earlier stages' keys, the corpus).
-        resumable: its outputs may be half-done and are continued by running the command again; otherwise they are made anew.
+        folder: a folder that belongs to this stage alone. What a half-done run of the same command left in it is continued; what
+            another command left is moved aside. Without it the command replaces its outputs by itself.
     """
 
     name: str
     command: tuple[str, ...]
     outputs: tuple[Path, ...]
     depends: tuple[str, ...]
-    resumable: bool = False
+    folder: Path | None = None
 
     @property
     def key(self) -> str:
@@ -69,7 +70,7 @@ class Runner:
             return
         if stamp.get("key") != stage.key:
             self._move_aside(stage)
-        spent = float(stamp.get("seconds", 0.0)) if stamp.get("key") == stage.key and stage.resumable else 0.0
+        spent = float(stamp.get("seconds", 0.0)) if stamp.get("key") == stage.key and stage.folder is not None else 0.0
         self._write_stamp(stage, done=False, seconds=spent)
         print(f"== {stage.name}: {shlex.join(stage.command)}", flush=True)
         began = time.monotonic()
@@ -100,18 +101,15 @@ class Runner:
         )  # fmt: skip
 
     def _move_aside(self, stage: Stage) -> None:
-        """Outputs of other options or inputs: kept under another name (training), or left for their command to replace."""
-        if not stage.resumable:
+        """Results of other options or inputs are kept under another name."""
+        folder = stage.folder
+        if folder is None or not folder.exists():
             return
-        for path in stage.outputs:
-            folder = path if path.is_dir() else path.parent
-            if folder == self.workdir or not folder.exists():
-                continue
-            number = 1
-            while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
-                number += 1
-            folder.rename(aside)
-            print(f"== {stage.name}: {folder} was made from other inputs or options; it is now {aside}", flush=True)
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.previous-{number}")).exists():
+            number += 1
+        folder.rename(aside)
+        print(f"== {stage.name}: {folder} was made from other inputs or options; it is now {aside}", flush=True)
 
 
 def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
@@ -125,7 +123,9 @@ def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
 
 def run_command(command: tuple[str, ...]) -> int:
     """Run argv with this terminal; pass SIGTERM on, leave Ctrl-C to the child (it has it already) and wait for its polite end."""
-    child = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    # waiting threads give their core away: with another busy program beside it, training is up to ten times faster so
+    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"})
 
     def forward(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGTERM:

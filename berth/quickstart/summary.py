@@ -19,11 +19,12 @@ MARGIN_ACCURACY = 2.0  # and accuracy this many times the most frequent token's 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseResult:
-    """Read from one phase's run log: held-out scores at its start and end, training curve, sequences/s, seconds."""
+    """Read from one phase's run log: held-out scores (by global step; those of its start and end), training curve, sequences/s."""
 
     phase: Phase
     start: dict[str, Any]
     end: dict[str, Any]
+    scores: dict[int, dict[str, Any]]
     steps: dict[int, dict[str, Any]]
     sequences_per_second: float
 
@@ -32,16 +33,17 @@ def read_phase(demo: Demo, phase: Phase) -> PhaseResult:
     """Collect one phase from its run log. Raises :class:`DataError` when the log lacks an evaluation."""
     path = demo.results(phase) / "dllogger.json"
     scores: dict[str, dict[str, Any]] = {}
+    by_step: dict[int, dict[str, Any]] = {}
     rates: list[float] = []
     for record in read_records(path):
         data = record.get("data", {})
         if "evaluation" in data:
-            scores[data["evaluation"]] = data
+            scores[data["evaluation"]] = by_step[record["step"][1]] = data
         if record.get("step") == [] and data.get("training_sequences_per_second"):
             rates.append(float(data["training_sequences_per_second"]))
     if not {"start", "end"} <= scores.keys():
         raise DataError(f"{path} lacks the held-out scores of the phase's start or end; remove {demo.results(phase)} and run again")
-    return PhaseResult(phase, scores["start"], scores["end"], read_steps(path), rates[-1] if rates else float("nan"))
+    return PhaseResult(phase, scores["start"], scores["end"], by_step, read_steps(path), rates[-1] if rates else float("nan"))
 
 
 def learned(result: PhaseResult) -> bool:
@@ -83,10 +85,10 @@ def draw_curves(results: list[PhaseResult], path: Path) -> None:
         steps = list(result.steps)
         training = [row["mlm_loss"] for row in result.steps.values()]
         above.plot(steps, training, color=colour, linewidth=1, label=f"{label}: training MLM loss")
-        held = ((boundary, result.start), (boundary + result.phase.steps, result.end))
-        above.plot([at for at, _ in held], [row["mlm_loss"] for _, row in held], "o--", color=colour, label=f"{label}: held-out MLM loss")
+        held = [row["mlm_loss"] for row in result.scores.values()]
+        above.plot(list(result.scores), held, "o", color=colour, markeredgecolor="black", label=f"{label}: held-out MLM loss")
         above.plot(
-            [at for at, _ in held], [result.end["baselines"]["unigram_entropy"]] * 2, ":", color="tab:gray",
+            [boundary, boundary + result.phase.steps], [result.end["baselines"]["unigram_entropy"]] * 2, ":", color="tab:gray",
             label="unigram entropy of the held-out shard" if boundary == 0 else None,
         )  # fmt: skip
         below.plot(steps, [row["learning_rate"] for row in result.steps.values()], color=colour, linewidth=1, label=label)
