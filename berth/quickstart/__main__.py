@@ -61,9 +61,9 @@ PHASE2 = Phase(2, seq_length=512, predictions=80, batch=32, accumulation=4, step
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     demo = make_demo(arguments)
+    stages = text_stages(demo)
     demo.workdir.mkdir(parents=True, exist_ok=True)
     runner = Runner(demo.workdir)
-    stages = text_stages(demo)
     for stage in stages:
         runner.run(stage)
     depends = tuple(stage.key for stage in stages)
