@@ -30,6 +30,7 @@ class Phase:
     learning_rate: float
     warmup: float
     dupe_factor: int
+    eval_samples: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,6 @@ class Demo:
     seed: int = 42
     training_shards: int = 2
     fraction_test_set: float = 0.05
-    eval_samples: int = 1000
     phases: tuple[Phase, ...] = ()
 
     @property
@@ -175,7 +175,7 @@ def training_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
             "--max_seq_length", phase.seq_length, "--max_predictions_per_seq", phase.predictions,
             "--train_batch_size", phase.batch, "--gradient_accumulation_steps", phase.accumulation,
             "--max_steps", phase.steps, "--learning_rate", phase.learning_rate, "--warmup_proportion", phase.warmup,
-            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", demo.eval_samples, "--eval_freq", max(1, phase.steps // 5),
+            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", phase.eval_samples, "--eval_freq", max(1, phase.steps // 5),
             "--num_steps_per_checkpoint", max(5, phase.steps // 10), "--resume_from_checkpoint", *second,
         ),
         (demo.checkpoint(phase),),

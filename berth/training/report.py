@@ -134,7 +134,7 @@ class Reporter:
 
     def _print_due(self, phase_step: int) -> bool:
         """Without a bar: about fifty lines a phase, whatever --log_freq."""
-        every = max(self.options.log_freq, self.options.max_steps // 50, 1)
+        every = max(self.options.log_freq, self.options.max_steps // 40, 1)
         return phase_step <= 1 or phase_step % every < self.options.log_freq or phase_step == self.options.max_steps
 
     def log_evaluation(self, when: str, step: int, result: Evaluation, base: Baselines) -> None:
