@@ -16,8 +16,9 @@ projection, and with it everything after attention in the last layer, runs only 
 tokens). On a CPU that is most of the difference to ``transformers`` (benchmarks/cpu_step.py).
 
 Rejected: one query-key-value product (names in the state dict would change; concatenating the three weights in every
-step is 1.3x slower in fp32 and no faster in bf16 on a CPU, H 256 and 1024, 2026-11); an additive -10000 mask (not -inf, and it overflows in fp16);
-``position_ids`` buffers (a slice of the embedding table says the same, and its gradient is a sum and not a scatter).
+step is 1.3x slower in fp32 and no faster in bf16 on a CPU, H 256 and 1024, 2026-11); an additive -10000 mask (a
+boolean one costs no more and is exact in every precision); ``position_ids`` buffers (a slice of the embedding table
+says the same, and its gradient is a sum and not a scatter).
 
 Suffixes of tensor names: B sequences, S positions, H hidden, N heads, D = H / N, V vocabulary, R rows picked out of the
 B * S positions, M rows the masked-language loss reads, C classes. ``labels_BS`` has the shape [B, S].

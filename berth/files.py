@@ -7,11 +7,14 @@ folder, is flushed to the disk and renamed, so a reader (or a run after a crash)
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic, sleep
 from typing import IO, Any
 
 TEMPORARY_SUFFIX = ".partial"
@@ -102,3 +105,41 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
         path.unlink(missing_ok=True)
         removed.append(path.name)
     return removed
+
+
+class FolderLock:
+    """An exclusive lock on a folder, held until the process ends or :meth:`release`: two runs never write to one folder.
+
+    The operating system drops the lock when its holder dies, however it dies. File systems without locks are left unlocked.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], name: str = ".lock") -> None:
+        self.path = Path(folder) / name
+        self._descriptor: int | None = None
+
+    def acquire(self, wait_seconds: float) -> bool:
+        """Take the lock, trying for ``wait_seconds``; ``False`` when somebody else still holds it then."""
+        if self._descriptor is not None:
+            return True
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        end = monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # this file system has no locks
+                    os.close(descriptor)
+                    return True
+                if monotonic() >= end:
+                    os.close(descriptor)
+                    return False
+                sleep(0.1)
+            else:
+                self._descriptor = descriptor
+                return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None

@@ -92,23 +92,33 @@ class RunLog:
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run log in file order; a line cut short by a crash is passed over.
+    """Yield the records of a run log in file order.
 
-    Raises :class:`DataError` when the file is missing or a line is not of this format at all.
+    What a crash or a power cut leaves (a line cut short, zero bytes) is passed over. Raises :class:`DataError` when the file is
+    missing, or holds something but no record at all.
     """
+    good = bad = 0
     try:
         with open(path, encoding="utf-8", errors="replace") as handle:
-            for number, line in enumerate(handle, 1):
-                if not line.strip():
-                    continue
-                if not line.startswith(PREFIX[: len(line)]):
-                    raise DataError(f"{path}, line {number}: not a run log line; each must start with {PREFIX!r}")
-                try:
-                    yield json.loads(line[len(PREFIX) :])
-                except json.JSONDecodeError:
-                    continue
+            for line in handle:
+                record = _parse(line)
+                if record is not None:
+                    good += 1
+                    yield record
+                elif line.strip("\0 \t\r\n"):
+                    bad += 1
     except OSError as error:
         raise DataError(f"run log {path} cannot be read: {error.strerror}") from error
+    if bad and not good:
+        raise DataError(f"{path} is not a run log: none of its lines starts with {PREFIX!r}; choose another --json-summary")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line[len(PREFIX) :]) if line.startswith(PREFIX) else None
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def last_attempt(path: str | os.PathLike[str]) -> int:
@@ -117,10 +127,16 @@ def last_attempt(path: str | os.PathLike[str]) -> int:
 
 
 def read_steps(path: str | os.PathLike[str]) -> dict[int, dict[str, Any]]:
-    """``{global_step: data}`` of all training-step records; the latest attempt wins. Sorted by step."""
+    """``{global_step: data}`` of all training-step records, sorted by step.
+
+    An attempt that started at step ``g`` voids what earlier attempts logged after ``g``.
+    """
     steps: dict[int, dict[str, Any]] = {}
     for record in read_records(path):
         step = record.get("step")
+        if step == "PARAMETER" and record["data"].get("train_start") and "global_step" in record["data"]:
+            start = int(record["data"]["global_step"])
+            steps = {number: data for number, data in steps.items() if number <= start}
         if record.get("type") == "LOG" and isinstance(step, list) and len(step) == 2 and "average_loss" in record["data"]:
             steps[int(step[1])] = {**record["data"], "attempt": record.get("attempt", 1)}
     return dict(sorted(steps.items()))

@@ -16,6 +16,7 @@ import bisect
 import dataclasses
 import hashlib
 import os
+import re
 from pathlib import Path
 
 import h5py
@@ -65,11 +66,16 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class RecordsFile:
-    """One hdf5 file: where it is, how many rows, and what its attributes say of its vocabulary ('' if nothing)."""
+    """One hdf5 file: where it is, how many rows, and what its attributes say of its vocabulary ('' and 0 if nothing).
+
+    ``digest`` names its content: of the attributes that decide it (input, options, seed), or of the size for files without any.
+    """
 
     path: Path
     rows: int
-    vocab_sha256: str
+    vocab_sha256: str = ""
+    vocab_size: int = 0
+    digest: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +93,28 @@ class RecordsIndex:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the file names and row counts: equal exactly when the stream's order is defined by the same files."""
-        text = "\n".join(f"{file.path.name} {file.rows}" for file in self.files)
+        """SHA-256 of the files' names, row counts and content digests: equal when the stream hands out the same samples."""
+        text = "\n".join(f"{file.path.name} {file.rows} {file.digest}" for file in self.files)
         return hashlib.sha256(f"{self.seq_length} {self.max_predictions}\n{text}".encode()).hexdigest()
 
 
+def kind_of(path: Path) -> str | None:
+    """What a records file is for by its name: "training" or "test" in ``<prefix>_<kind>_<i>``, or as a whole word elsewhere; else ``None``.
+
+    Raises :class:`DataError` when the name has both words and not that form.
+    """
+    ending = re.search(r"(?:^|_)(training|test)_\d+$", path.stem)
+    if ending:
+        return ending.group(1)
+    found = {"training", "test"} & set(re.split(r"[^a-z]+", path.stem.lower()))
+    if len(found) > 1:
+        raise DataError(f"{path} may be training or held-out data; name it <prefix>_training_<i>.hdf5 or <prefix>_test_<i>.hdf5")
+    return next(iter(found), None)
+
+
 def find_files(folder: str | os.PathLike[str], kind: str) -> list[Path]:
-    """Records files of a folder, sorted by name: those with ``kind`` ("training" or "test") in their name, or, when no name
-    has it, all that do not carry the other kind. A single file stands for itself.
+    """Records files of a folder, sorted by name: those that are for ``kind`` ("training" or "test") by their name, or, when none is,
+    those whose name says neither. A single file stands for itself.
 
     Raises :class:`DataError` when there is none.
     """
@@ -104,16 +124,17 @@ def find_files(folder: str | os.PathLike[str], kind: str) -> list[Path]:
     if not root.is_dir():
         raise DataError(f"data folder {folder} does not exist; give the folder that create_pretraining_data.py wrote")
     every = sorted(path for path in root.iterdir() if path.suffix in SUFFIXES and not path.name.startswith("."))
-    named = [path for path in every if kind in path.name]
-    other = "test" if kind == "training" else "training"
-    chosen = named or [path for path in every if other not in path.name]
+    kinds = {path: kind_of(path) for path in every}
+    chosen = [path for path in every if kinds[path] == kind] or [path for path in every if kinds[path] is None]
     if not chosen:
         what = f"{len(every)} hdf5 files, none of them for {kind}" if every else "no .hdf5 file"
         raise DataError(f"data folder {folder} holds {what}; make records with create_pretraining_data.py")
     return chosen
 
 
-def open_index(folder: str | os.PathLike[str], kind: str, seq_length: int | None = None) -> RecordsIndex:
+def open_index(
+    folder: str | os.PathLike[str], kind: str, seq_length: int | None = None, wanted_by: str = "--max_seq_length"
+) -> RecordsIndex:
     """Look into every file of a folder (shapes and attributes only) and check that they belong together.
 
     Raises :class:`DataError` naming the file for: an unreadable or truncated file, a missing data set, lengths that differ
@@ -122,11 +143,11 @@ def open_index(folder: str | os.PathLike[str], kind: str, seq_length: int | None
     files: list[RecordsFile] = []
     shape: tuple[int, int] | None = None
     for path in find_files(folder, kind):
-        rows, length, predictions, vocab = _inspect(path)
+        file, length, predictions = _inspect(path)
         if seq_length is not None and length != seq_length:
             raise DataError(
-                f"{path} holds sequences of {length} tokens but --max_seq_length is {seq_length}; point to records of that length "
-                f"or pass --max_seq_length {length}"
+                f"{path} holds sequences of {length} tokens but {wanted_by} is {seq_length}; give records of length {seq_length}, or "
+                f"change {wanted_by} to {length}"
             )
         if shape is None:
             shape = (length, predictions)
@@ -135,7 +156,7 @@ def open_index(folder: str | os.PathLike[str], kind: str, seq_length: int | None
                 f"{path} has sequence length {length} and {predictions} predictions, {files[0].path} has {shape[0]} and {shape[1]}; "
                 "records of one folder must have one shape"
             )
-        files.append(RecordsFile(path, rows, vocab))
+        files.append(file)
     assert shape is not None
     index = RecordsIndex(tuple(files), *shape)
     if index.rows == 0:
@@ -143,7 +164,7 @@ def open_index(folder: str | os.PathLike[str], kind: str, seq_length: int | None
     return index
 
 
-def _inspect(path: Path) -> tuple[int, int, int, str]:
+def _inspect(path: Path) -> tuple[RecordsFile, int, int]:
     try:
         with h5py.File(path, "r") as handle:
             missing = [field for field in FIELDS if field not in handle]
@@ -154,8 +175,11 @@ def _inspect(path: Path) -> tuple[int, int, int, str]:
             short = [field for field in FIELDS if handle[field].shape[0] != rows]
             if short:
                 raise DataError(f"{path}: data set {short[0]} has {handle[short[0]].shape[0]} rows, input_ids has {rows}")
-            vocab = handle.attrs.get("vocab_sha256", "")
-            return rows, length, predictions, vocab if isinstance(vocab, str) else ""
+            attributes = {name: str(value) for name, value in handle.attrs.items() if not name.startswith("count_")}
+            vocab_size = int(attributes.get("vocab_size", "0") or 0)
+            content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes)) or str(path.stat().st_size)
+            digest = hashlib.sha256(content.encode()).hexdigest()
+            return RecordsFile(path, rows, attributes.get("vocab_sha256", ""), vocab_size, digest), length, predictions
     except OSError as error:
         raise DataError(
             f"{path} cannot be read as hdf5 ({error}); a truncated file must be made again with create_pretraining_data.py"

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from berth.errors import CheckpointError
-from berth.files import atomic_open, read_json, remove_leftovers, sha256_file, write_json
+from berth.files import FolderLock, atomic_open, read_json, remove_leftovers, sha256_file, write_json
 
 FORMAT = "berth-checkpoint"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+LOCK_WAIT_SECONDS = 60.0
 _NAME = re.compile(r"^ckpt_(\d+)\.pt$")
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,31 @@ class CheckpointStore:
         self.folder = Path(folder)
         self.keep = keep
         self._damaged: set[str] = set()
+        self._lock = FolderLock(self.folder)
+
+    def lock(self) -> None:
+        """Make sure that this process is the only one that writes to the folder, if it exists; the lock ends with the process.
+
+        Raises :class:`CheckpointError` when another run still holds it after ``LOCK_WAIT_SECONDS``.
+        """
+        if self.folder.is_dir() and os.access(self.folder, os.W_OK) and not self._lock.acquire(LOCK_WAIT_SECONDS):
+            raise CheckpointError(
+                f"another run is writing to {self.folder}; wait for it or stop it, or choose another --output_dir"
+            )
+
+    @property
+    def unusable(self) -> list[str]:
+        """Names of checkpoint files that are damaged or not berth's, as far as :meth:`entries` has found them so."""
+        return sorted(self._damaged)
 
     def prepare(self) -> None:
-        """Make the folder, remove what a killed writer left, check that it can be written to.
+        """Make the folder, lock it, remove what a killed writer left, check that it can be written to.
 
         Raises :class:`CheckpointError` when it cannot.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
             for name in remove_leftovers(self.folder):
                 logger.info("removed %s, left by an interrupted run", self.folder / name)
         except OSError as error:
@@ -125,17 +143,19 @@ class CheckpointStore:
             "step": step, "phase": phase, "phase_step": phase_step, "samples": samples, "final": final, **payload,
         }  # fmt: skip
         try:
+            self._make_way(phase, step, path.name)
             with atomic_open(path, "wb") as handle:
                 writer = _HashingWriter(handle)
                 torch.save(payload, writer)  # type: ignore[arg-type]
-            self._damaged.discard(path.name)
             entry = Entry(
                 path.name, step, phase, phase_step, samples, writer.digest.hexdigest(), writer.size, pinned=final, final=final
             )
-            self._enter(entry)
+            self._enter(entry, payload.get("config"))
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             kept = self.entries()
             intact = f"; {kept[-1].file} is intact" if kept else ""
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(
                 f"checkpoint {path} could not be written ({error}){intact}. Free space or choose another --output_dir, then run "
                 "again with --resume_from_checkpoint"
@@ -192,36 +212,52 @@ class CheckpointStore:
             "", path.stat().st_size, pinned=final, final=final,
         )  # fmt: skip
 
-    def _enter(self, entry: Entry) -> None:
+    def _make_way(self, phase: int, step: int, name: str) -> None:
+        """Before a checkpoint is written: whatever must not be resumed from once it exists leaves the folder's view.
+
+        That is checkpoints ahead of it (the run went back), damaged ones, and the manifest's entry for an older file of this name. In this
+        order a kill at any point leaves either the old newest checkpoint or the new one. A pinned file of another phase stays.
+        """
+        entries = self.entries()
+        pinned = [old for old in entries if old.file == name and old.phase != phase]
+        if pinned:
+            raise CheckpointError(f"{self.folder / name} is the end of phase {pinned[0].phase} and is not overwritten; choose another --output_dir")
+        ahead = [old for old in entries if (old.phase, old.step) > (phase, step)]
+        names = [*(old.file for old in ahead), *self._damaged]
+        if names or any(old.file == name for old in entries):
+            self._set_aside(names)
+            self._write_manifest([old for old in entries if old.file != name and old not in ahead])
+
+    def _enter(self, entry: Entry, config: Any) -> None:
         """Add to the manifest, then delete what falls out of the newest ``keep``."""
-        others = [old for old in self.entries() if old.file != entry.file]
-        ahead = [old for old in others if (old.phase, old.step) > (entry.phase, entry.step)]
-        self._set_aside([*(item.file for item in ahead), *self._damaged])
-        entries = [*(item for item in others if item not in ahead), entry]
+        entries = [*(old for old in self.entries() if old.file != entry.file), entry]
         unpinned = [item for item in entries if not item.pinned and item.file != entry.file]
         room = self.keep if entry.pinned else self.keep - 1
         dropped = unpinned[: max(0, len(unpinned) - room)]
         kept = [item for item in entries if item not in dropped]
-        self._write_manifest(kept)
+        self._write_manifest(kept, config)
         for item in dropped:
             (self.folder / item.file).unlink(missing_ok=True)
 
     def _set_aside(self, names: Sequence[str]) -> None:
         """Rename checkpoints that are no longer of this run: it went back before them (``--resume_step``), or they are damaged.
 
-        They stay on disk as ``superseded_<name>`` for their owner to look at, and are never resumed from.
+        They stay on disk as ``superseded_<n>_<name>`` for their owner to look at, and are never resumed from.
         """
         for name in names:
             path = self.folder / name
             if path.exists():
-                path.replace(path.with_name(f"superseded_{name}"))
-                logger.warning("%s is not part of this run any more; it is now %s", path, f"superseded_{name}")
+                number = 1
+                while (aside := path.with_name(f"superseded_{number}_{name}")).exists():
+                    number += 1
+                path.rename(aside)
+                logger.warning("%s is not part of this run any more; it is now %s", path, aside.name)
         self._damaged.difference_update(names)
 
-    def _write_manifest(self, entries: list[Entry]) -> None:
+    def _write_manifest(self, entries: list[Entry], config: Any = None) -> None:
         write_json(
             self.folder / MANIFEST,
-            {"format": FORMAT, "format_version": FORMAT_VERSION, "checkpoints": [dataclasses.asdict(entry) for entry in entries]},
+            {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config, "checkpoints": [dataclasses.asdict(entry) for entry in entries]},
         )
 
 

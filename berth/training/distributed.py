@@ -28,9 +28,12 @@ _FAMILIES: dict[str, tuple[str, str, str]] = {
 }
 
 
+UNKNOWN = -1
+
+
 @dataclasses.dataclass(frozen=True)
 class Rank:
-    """Place of this process among all: ``rank`` in ``[0, world_size)``, ``local_rank`` on its host; who said so."""
+    """Place of this process among all: ``rank`` in ``[0, world_size)``, ``local_rank`` on its host (or ``UNKNOWN``); who said so."""
 
     rank: int = 0
     world_size: int = 1
@@ -73,7 +76,7 @@ def _parse_family(family: str, environment: Mapping[str, str], rank_key: str, si
         raise LaunchError(f"{family} set one of {rank_key} and {size_key} but not {missing}; both are needed")
     try:
         rank, size = int(values[rank_key] or ""), int(values[size_key] or "")
-        local = int(environment.get(local_key) or (rank if size == 1 else 0))
+        local = int(environment.get(local_key) or (rank if size == 1 else UNKNOWN))
     except ValueError as error:
         raise LaunchError(f"{family} variables {rank_key}, {size_key}, {local_key} must be whole numbers: {error}") from error
     if not 0 <= rank < size:
@@ -123,6 +126,12 @@ class Communicator:
             return [float(value) for value in values]
         return self._reduce(values, dist.ReduceOp.SUM)
 
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Element-wise maximum over ranks."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        return self._reduce(values, dist.ReduceOp.MAX)
+
     def broadcast_ints(self, values: Sequence[int]) -> list[int]:
         """Rank 0's integers, on every rank; all must pass the same number of values."""
         if self.world_size == 1:
@@ -150,18 +159,18 @@ class Communicator:
         return [float(value) for value in tensor.tolist()]
 
 
-def choose_device(requested: str | None, local_rank: int) -> torch.device:
+def choose_device(requested: str | None, place: Rank) -> torch.device:
     """``cuda:<local_rank>`` where a GPU is there (or demanded), else ``cpu``.
 
-    Raises :class:`LaunchError` when ``cuda`` is demanded and absent, or there are fewer GPUs than local ranks.
+    A process that sees one GPU takes it (a launcher gave it that one). Raises :class:`LaunchError` when ``cuda`` is demanded and absent, or there are fewer GPUs than local ranks.
     """
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError("--device cuda was asked for, but torch sees no CUDA device; use --device cpu or a CUDA build of torch")
-    if local_rank >= torch.cuda.device_count():
-        raise LaunchError(
-            f"local rank {local_rank} has no GPU of its own: torch sees {torch.cuda.device_count()}; start one process a GPU"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    count = torch.cuda.device_count()
+    index = 0 if count == 1 else place.rank % count if place.local_rank == UNKNOWN else place.local_rank
+    if index >= count:
+        raise LaunchError(f"local rank {place.local_rank} has no GPU of its own: torch sees {count}; start one process a GPU")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -21,6 +21,9 @@ from berth.training.distributed import Communicator
 from berth.training.precision import Precision
 
 
+BASELINE_ROWS = 1 << 16  # rows the baselines are taken from when the evaluation is limited
+
+
 @dataclasses.dataclass(frozen=True)
 class Baselines:
     """Scores of ignorance on one shard: nats, and shares in [0, 1]."""
@@ -48,14 +51,15 @@ class HeldOut:
     Args:
         index: the test records.
         vocab_size: of the model; ids are checked against it.
-        limit: take this many sequences from the front (0 = all).
+        limit: score this many sequences from the front (0 = all, which are then all in memory).
 
     Raises :class:`DataError` when it has no masked token.
     """
 
     def __init__(self, index: RecordsIndex, vocab_size: int, limit: int = 0) -> None:
         count = min(index.rows, limit) if limit else index.rows
-        whole = SampleStream(index, seed=0, vocab_size=vocab_size, shuffle=False).rows(0, index.rows)
+        seen = index.rows if not limit else min(index.rows, max(limit, BASELINE_ROWS))
+        whole = SampleStream(index, seed=0, vocab_size=vocab_size, shuffle=False).rows(0, seen)
         self.baselines = baselines(whole)
         self.rows = whole.take(slice(0, count))
         # longest last: batches of similar length waste little padding

@@ -7,7 +7,8 @@
 | I | no checkpoint | step 0 of the phase, weights of X (phase 2: with X's optimizer moments) |
 | R, or R and I | a checkpoint of this phase | continue it exactly; X is not looked at |
 | R ``--phase2`` | a finished phase 1 only | enter phase 2: weights and moments kept, step from 0 |
-| R and I | nothing of this phase | as I |
+| R and I | nothing | as I |
+| R and I | another phase only | refused: it would mix two runs |
 | R | nothing at all | fresh (phase 1); refused in phase 2, which needs weights |
 
 A requeued job can therefore use the same command line as its first attempt.
@@ -51,13 +52,21 @@ def decide_start(
     init_checkpoint: str | None,
     resume_step: int | None = None,
     must_continue_phase2: bool = False,
+    unusable: Sequence[str] = (),
 ) -> Start:
     """Apply the table above to the (good) checkpoints of the output folder, oldest first.
 
+    ``unusable`` names files called ``ckpt_<n>.pt`` that are damaged or not berth's: a folder that holds only such is never started afresh.
+
     Raises :class:`ConfigError` for flags that cannot be meant together, :class:`CheckpointError` when what they ask for is not there.
     """
+    if unusable and not entries and resume:
+        raise CheckpointError(
+            f"{output_dir} holds {', '.join(unusable)}, but none of it can be resumed from (damaged, or not berth's); restore a good one, or "
+            "choose another --output_dir. Weights of other programs go through --init_checkpoint"
+        )
     if not resume:
-        _refuse_foreign(entries, output_dir)
+        _refuse_foreign([*unusable, *(entry.file for entry in entries)], output_dir)
         if must_continue_phase2 or resume_step is not None:
             raise ConfigError("--resume_phase2 and --resume_step need --resume_from_checkpoint")
         if phase == 2 and init_checkpoint is None:
@@ -87,13 +96,18 @@ def decide_start(
         raise CheckpointError(
             f"--phase2 found no checkpoint in {output_dir}; give the folder that phase 1 wrote, or --init_checkpoint"
         )
+    if entries and init_checkpoint is not None:
+        raise ConfigError(
+            f"--init_checkpoint starts phase {phase} anew, but --output_dir {output_dir} holds another phase ({entries[-1].file}); choose another "
+            "folder, or drop --init_checkpoint to go on from what lies there"
+        )
     return _initial(init_checkpoint, phase)
 
 
-def _refuse_foreign(entries: Sequence[Entry], output_dir: Path) -> None:
-    if entries:
+def _refuse_foreign(names: Sequence[str], output_dir: Path) -> None:
+    if names:
         raise ConfigError(
-            f"--output_dir {output_dir} already holds a run ({entries[-1].file}); add --resume_from_checkpoint to continue it, or "
+            f"--output_dir {output_dir} already holds a run ({names[-1]}); add --resume_from_checkpoint to continue it, or "
             "choose another folder"
         )
 
@@ -117,6 +131,6 @@ def _enter_phase2(entries: Sequence[Entry], output_dir: Path) -> Start:
     if not last.final:
         raise CheckpointError(
             f"phase 1 in {output_dir} is not finished: its newest checkpoint {last.file} is no phase end. Finish it with "
-            "--resume_from_checkpoint, or start from it on purpose with --phase2 --init_checkpoint"
+            "--resume_from_checkpoint, or start from it on purpose with --phase2 --init_checkpoint in another --output_dir"
         )
     return Start(Kind.ENTER_PHASE2, last, f"entering phase 2 from the end of phase 1, {last.file}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import sys
 import time
 from typing import Any
@@ -35,14 +36,15 @@ class Meter:
     mlm: Any = 0.0
     nsp: Any = 0.0
 
-    def add(self, seconds: float, data_seconds: float, sequences: int, tokens: int, mlm: Any, nsp: Any) -> None:
-        """Account for one step of this rank."""
-        self.steps += 1
+    def add(self, seconds: float, data_seconds: float, sequences: int, tokens: int, mlm: Any, nsp: Any, skipped: bool) -> None:
+        """Account for one step of this rank; a skipped one took time and samples, but its loss (not finite) does not count."""
         self.seconds += seconds
         self.data_seconds += data_seconds
         self.sequences += sequences
         self.tokens += tokens
-        self.mlm, self.nsp = self.mlm + mlm, self.nsp + nsp
+        if not skipped:
+            self.steps += 1
+            self.mlm, self.nsp = self.mlm + mlm, self.nsp + nsp
 
 
 def configure_logging(is_main: bool, rank: int) -> None:
@@ -75,15 +77,15 @@ class Reporter:
         self._warm = 0
         self.last_loss = float("nan")
 
-    def open(self, done: int, total: int) -> None:
-        """Open the run log and TensorBoard, show the bar on a terminal. ``done`` of ``total`` steps are behind us."""
+    def open(self, done: int, total: int, step: int) -> None:
+        """Open the run log and TensorBoard, show the bar on a terminal. ``done`` of ``total`` steps are behind us, globally ``step``."""
         if not self.is_main:
             return
         self.log = RunLog(self.options.json_summary, self.started)
         if self.options.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.options.tensorboard_dir)
+            self.board = SummaryWriter(self.options.tensorboard_dir, purge_step=step + 1)
         if sys.stderr.isatty() and not self.options.disable_progress_bar:
             self.bar = tqdm(total=total, initial=done, unit="step", desc=f"phase {self.options.phase}", dynamic_ncols=True)
             handler = _BarHandler()
@@ -97,7 +99,7 @@ class Reporter:
 
     def step_done(self, seconds: float, data_seconds: float, sequences: int, tokens: int, mlm: Any, nsp: Any, skipped: bool) -> None:
         """Account for one step of this rank (global losses' shares, in nats)."""
-        numbers = (seconds, data_seconds, sequences, tokens, mlm, nsp)
+        numbers = (seconds, data_seconds, sequences, tokens, mlm, nsp, skipped)
         self.window.add(*numbers)
         self._warm += 1
         if self._warm > WARM_UP_STEPS:
@@ -115,6 +117,7 @@ class Reporter:
             "average_loss": mlm + nsp,
             "mlm_loss": mlm,
             "nsp_loss": nsp,
+            "steps_averaged": window.steps,
             **facts,
             "training_sequences_per_second": rate,
             "tokens_per_second": sums[3] / window.seconds if window.seconds else 0.0,
@@ -139,36 +142,32 @@ class Reporter:
 
     def log_evaluation(self, when: str, step: int, result: Evaluation, base: Baselines) -> None:
         """Write and print one evaluation beside its baselines."""
-        self.log.log((0, step), {"evaluation": when, **dataclasses.asdict(result), "baselines": dataclasses.asdict(base)})
+        has_nsp = self.options.objective != "mlm"
+        scores = {name: value for name, value in dataclasses.asdict(result).items() if has_nsp or not name.startswith("nsp")}
+        self.log.log((0, step), {"evaluation": when, **scores, "baselines": dataclasses.asdict(base)})
         if self.board is not None:
-            for name in ("mlm_loss", "mlm_accuracy", "nsp_accuracy"):
-                self.board.add_scalar(f"held_out/{name}", getattr(result, name), step)
+            for name in {"mlm_loss", "mlm_accuracy", "nsp_accuracy"} & scores.keys():
+                self.board.add_scalar(f"held_out/{name}", scores[name], step)
+        nsp = f", NSP accuracy {100 * result.nsp_accuracy:.2f} % (majority {100 * base.most_frequent_nsp_accuracy:.2f} %)"
         self.say(
-            "held-out (%s, step %d): MLM loss %.4f nat (unigram entropy %.4f), accuracy %.2f %% (most frequent token %.2f %%), NSP "
-            "accuracy %.2f %% (majority %.2f %%), %d sequences",
+            "held-out (%s, step %d): MLM loss %.4f nat (unigram entropy %.4f), accuracy %.2f %% (most frequent token %.2f %%)%s, %d sequences",
             when, step, result.mlm_loss, base.unigram_entropy, 100 * result.mlm_accuracy, 100 * base.most_frequent_token_accuracy,
-            100 * result.nsp_accuracy, 100 * base.most_frequent_nsp_accuracy, result.sequences,
+            nsp if has_nsp else "", result.sequences,
         )  # fmt: skip
 
     def summary(self, world_size: int, facts: dict[str, Any]) -> None:
         """Write and print the closing record: seconds, sequences/s over the measured steps, final loss."""
-        if not self.window.steps and not self.total.steps and self.last_loss != self.last_loss:
-            self.log.log((), {"e2e_train_time": time.monotonic() - self.started, **facts})
-            self.say("%s at step %d", facts["outcome"], facts["global_step"])
-            return
-        rate = self.total.sequences * world_size / self.total.seconds if self.total.seconds else 0.0
-        data = {
-            "e2e_train_time": time.monotonic() - self.started,
-            "raw_train_time": self.total.seconds,
-            "training_sequences_per_second": rate,
-            "final_loss": self.last_loss,
-            **facts,
-        }
+        data: dict[str, Any] = {"e2e_train_time": time.monotonic() - self.started, **facts}
+        words = [f"{facts['outcome']} at step {facts['global_step']}"]
+        if math.isfinite(self.last_loss):
+            data["final_loss"] = self.last_loss
+            words.append(f"final loss {self.last_loss:.4f}")
+        if self.total.steps:
+            rate = self.total.sequences * world_size / self.total.seconds
+            data.update(raw_train_time=self.total.seconds, training_sequences_per_second=rate)
+            words.append(f"{rate:.1f} sequences/s over {self.total.steps} measured steps")
         self.log.log((), data)
-        self.say(
-            "%s at step %d: final loss %.4f, %.1f sequences/s over %d measured steps, %.0f s in all",
-            facts["outcome"], facts["global_step"], self.last_loss, rate, self.total.steps, data["e2e_train_time"],
-        )  # fmt: skip
+        self.say("%s, %.0f s in all", ", ".join(words), data["e2e_train_time"])
 
     def close(self) -> None:
         """Close the bar, TensorBoard and the run log."""

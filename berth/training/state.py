@@ -66,6 +66,7 @@ def identity(
         "learning_rate": options.learning_rate,
         "warmup_proportion": options.warmup_proportion,
         "lr_schedule": options.lr_schedule,
+        "lr_exponential": [options.lr_warmup_degree, options.lr_decay_rate, options.lr_decay_steps, options.lr_offset],
         "max_steps": options.max_steps,
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
@@ -76,7 +77,7 @@ def identity(
     }
 
 
-_ACROSS_PHASES = ("objective", "optimizer", "vocab_sha256")
+_ACROSS_PHASES = ("optimizer", "vocab_sha256")
 _NAMES = {"data": "training records", "model_config": "model configuration", "vocab_sha256": "vocabulary"}
 
 
@@ -91,6 +92,8 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], *, same_phase
         keys = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
         detail = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
         raise CheckpointError(f"{file} belongs to another model ({detail}); use its --config_file")
+    if saved.get("objective") != current["objective"]:
+        raise CheckpointError(f"{file} was trained with --objective {saved.get('objective')}, not {current['objective']}; its model has other heads")
     keys_compared = current.keys() if same_phase else _ACROSS_PHASES
     different = [key for key in keys_compared if saved.get(key) != current[key] and not _unknown(key, saved, current)]
     if not different:
@@ -101,7 +104,9 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], *, same_phase
             logger.warning("--force_resume overrides: %s", line)
         return
     raise ConfigError(
-        f"this is not the run that wrote {file}:\n  " + "\n  ".join(lines) + "\nuse the same values, another --output_dir, or --force_resume"
+        f"this is not the run that wrote {file}:\n  "
+        + "\n  ".join(lines)
+        + "\nuse the same values, another --output_dir, or --force_resume"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -25,7 +26,9 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal_number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal_number = self.signal_number or number
+        if not self.signal_number:
+            self.signal_number = number
+            os.write(2, b"\nstopping after this step, with a checkpoint (Ctrl-C again: at once, without)\n")
 
 
 def exit_code(signal_number: int) -> int:

@@ -395,6 +395,15 @@ def test_losses_are_fp32_under_autocast_and_near_the_fp32_result():
     assert out.loss.item() != exact.loss.item()
 
 
+def test_losses_of_a_bf16_model_are_fp32():
+    batch = _batch()
+    out = _model().to(torch.bfloat16)(**batch)
+    assert out.seq_relationship_logits.dtype == torch.bfloat16
+    assert out.mlm_loss.dtype == out.nsp_loss.dtype == torch.float32
+    nsp = _reference(out.seq_relationship_logits, batch["next_sentence_label"]) / BATCH
+    torch.testing.assert_close(out.nsp_loss, nsp)
+
+
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
@@ -424,6 +433,16 @@ def test_a_mask_a_position_packs_two_sequences_in_one_row():
         torch.testing.assert_close(out[:, :5], model(first).last_hidden_state)
         torch.testing.assert_close(out[:, 5:13], model(second).last_hidden_state)
     assert torch.isfinite(out).all()
+
+
+def test_a_row_that_may_attend_to_nothing_attends_to_everything():
+    """On the mask itself: some attention kernels (not those of a CPU) give NaN for a row that is False throughout."""
+    mask = modeling._broadcast_mask(torch.tensor([[1, 1, 0], [0, 0, 0]]))
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[[[True, True, False]]], [[[True, True, True]]]]
+    mask = modeling._broadcast_mask(torch.tensor([[[1, 0], [0, 0]]]))
+    assert mask.tolist() == [[[[True, False], [True, True]]]]
+    assert modeling._broadcast_mask(None) is None
 
 
 def test_a_sequence_of_padding_alone_stays_finite():
@@ -612,10 +631,10 @@ def test_a_misspelt_key_is_refused_and_a_foreign_one_kept():
 
 def test_the_keys_of_published_configs_are_not_taken_for_misspellings():
     """Keys seen in the config files of Google, NVIDIA and Hugging Face checkpoints beside those of the network."""
-    names = """_name_or_path attn_implementation bos_token_id chunk_size_feed_forward decoder_start_token_id directionality
-        dtype embedding_size gradient_checkpointing is_encoder_decoder output_all_encoded_layers output_attentions
-        output_hidden_states pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-        pooler_type return_dict sep_token_id torch_dtype transformers_version use_cache"""
+    names = """_name_or_path attn_implementation bos_token_id chunk_size_feed_forward decoder_start_token_id
+        directionality dtype embedding_size gradient_checkpointing is_encoder_decoder output_all_encoded_layers
+        output_attentions output_hidden_states pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
+        pooler_size_per_head pooler_type return_dict sep_token_id torch_dtype transformers_version use_cache"""
     extra = dict.fromkeys(names.split(), 0)
     assert dict(BertConfig.from_dict(SIZES | extra).extra) == extra
 

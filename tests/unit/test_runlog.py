@@ -45,9 +45,37 @@ def test_restart_appends_and_the_later_attempt_wins(tmp_path):
     )
 
 
+def test_what_a_power_cut_leaves_is_passed_over(tmp_path):
+    path = tmp_path / "log.json"
+    log = RunLog(path)
+    log.log((0, 1), {"average_loss": 1.0})
+    log.close()
+    for tail in (b"DL", b"\0" * 40, b"DLLL [1", b"\xff\xfe"):
+        with open(path, "ab") as handle:
+            handle.write(tail)
+        attempt = last_attempt(path)
+        log = RunLog(path)
+        assert log.attempt == attempt + 1
+        log.log((0, attempt + 1), {"average_loss": 1.0})
+        log.close()
+    assert list(read_steps(path)) == [1, 2, 3, 4, 5]
+
+
+def test_going_back_voids_what_was_logged_after(tmp_path):
+    path = tmp_path / "log.json"
+    for start, last in ((0, 9), (4, 6)):
+        log = RunLog(path)
+        log.parameters(train_start=True, global_step=start)
+        for step in range(start + 1, last + 1):
+            log.log((0, step), {"average_loss": float(start)})
+        log.close()
+    steps = read_steps(path)
+    assert list(steps) == [1, 2, 3, 4, 5, 6] and steps[5]["average_loss"] == 4.0
+
+
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "x").write_text("step 1 loss 3\n")
-    with pytest.raises(DataError, match=r"x, line 1.*DLLL"):
+    with pytest.raises(DataError, match=r"x is not a run log.*DLLL"):
         list(read_records(tmp_path / "x"))
     with pytest.raises(DataError, match="cannot be read"):
         list(read_records(tmp_path / "absent"))

@@ -76,6 +76,26 @@ def test_kinds_and_single_files(folder):
     assert index.fingerprint == open_index(folder, "training").fingerprint != open_index(folder, "test").fingerprint
 
 
+def test_names_that_only_look_like_the_other_kind(tmp_path):
+    for name in ("latest_training_0", "training_text_test_0", "training_text_training_0", "contest"):
+        write_records(tmp_path / f"{name}.hdf5", 5, 0)
+    assert [file.path.stem for file in open_index(tmp_path, "training").files] == ["latest_training_0", "training_text_training_0"]
+    assert [file.path.stem for file in open_index(tmp_path, "test").files] == ["training_text_test_0"]
+    write_records(tmp_path / "my_training_and_test.hdf5", 5, 0)
+    with pytest.raises(DataError, match="may be training or held-out"):
+        open_index(tmp_path, "training")
+
+
+def test_the_fingerprint_tells_other_content(tmp_path):
+    prints = set()
+    for seed in ("1", "2"):
+        write_records(tmp_path / "a_training_0.hdf5", 5, 0, random_seed=seed, count_masked=seed)
+        prints.add(open_index(tmp_path, "training").fingerprint)
+    write_records(tmp_path / "a_training_0.hdf5", 5, 0, random_seed="2", count_masked="7")
+    prints.add(open_index(tmp_path, "training").fingerprint)
+    assert len(prints) == 2
+
+
 def test_any_integer_type_is_read(folder):
     path = folder / "b_training_2.hdf5"
     with h5py.File(path) as handle:
@@ -88,7 +108,7 @@ def test_any_integer_type_is_read(folder):
 
 
 def test_bad_data_is_named(folder, tmp_path):
-    with pytest.raises(DataError, match=r"--max_seq_length is 128"):
+    with pytest.raises(DataError, match=r"but --max_seq_length is 128"):
         open_index(folder, "training", 128)
     with pytest.raises(DataError, match="does not exist"):
         open_index(tmp_path / "none", "training")

@@ -45,7 +45,7 @@ def test_round_trip(store):
     assert torch.equal(payload["model"]["w"], torch.full((50,), 5.0))
     manifest = json.loads((store.folder / "manifest.json").read_text())
     item = manifest["checkpoints"][0]
-    assert item["file"] == "ckpt_5.pt" and item["sha256"] == files.sha256_file(path) and item["bytes"] == path.stat().st_size
+    assert "config" in manifest and item["file"] == "ckpt_5.pt" and item["sha256"] == files.sha256_file(path) and item["bytes"] == path.stat().st_size
 
 
 def test_three_newest_stay_over_restarts_and_phase_ends_for_ever(store):
@@ -118,7 +118,7 @@ def test_full_disk_keeps_what_was_there(store, monkeypatch):
 def test_leftovers_are_removed_at_the_start(store):
     (store.folder / ".ckpt_3.pt.1.partial").write_bytes(b"half")
     store.prepare()
-    assert os.listdir(store.folder) == []
+    assert os.listdir(store.folder) == [".lock"]
 
 
 def test_going_back_sets_the_abandoned_branch_aside(store):
@@ -126,7 +126,60 @@ def test_going_back_sets_the_abandoned_branch_aside(store):
         save(store, step)
     save(store, 7, value=-1)  # resumed from 5 with --resume_step
     assert steps(store) == [5, 7]
-    assert sorted(p.name for p in store.folder.glob("*.pt")) == ["ckpt_5.pt", "ckpt_7.pt", "superseded_ckpt_10.pt", "superseded_ckpt_15.pt"]
+    assert sorted(p.name for p in store.folder.glob("*.pt")) == ["ckpt_5.pt", "ckpt_7.pt", "superseded_1_ckpt_10.pt", "superseded_1_ckpt_15.pt"]
+
+
+@pytest.mark.parametrize("kill_at", ["replace", "manifest"])
+def test_killed_while_writing_after_going_back(store, monkeypatch, kill_at):
+    """The window between rename and manifest must not bring the abandoned branch back."""
+    for step in (5, 10, 15):
+        save(store, step)
+    again = CheckpointStore(store.folder)
+
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    if kill_at == "manifest":
+        monkeypatch.setattr(again, "_enter", killed)
+    else:
+        monkeypatch.setattr("berth.training.checkpoint.torch.save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(again, 7, value=-7)
+    monkeypatch.undo()
+    payload, entry = newest(CheckpointStore(store.folder))
+    assert (entry.step, float(payload["model"]["w"][0])) == ((7, -7.0) if kill_at == "manifest" else (5, 5.0))
+
+
+def test_killed_while_writing_over_a_damaged_one(store, monkeypatch):
+    save(store, 5)
+    path = save(store, 10)
+    path.write_bytes(path.read_bytes()[:-9])
+    again = CheckpointStore(store.folder)
+    assert newest(again)[1].step == 5
+    monkeypatch.setattr(again, "_enter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(again, 10)
+    assert newest(CheckpointStore(store.folder))[1].step == 10
+
+
+def test_a_phase_end_is_never_overwritten(store):
+    save(store, 10, final=True)
+    with pytest.raises(CheckpointError, match="is the end of phase 1"):
+        save(CheckpointStore(store.folder), 10, phase=2)
+    assert newest(store)[1].phase == 1
+
+
+def test_only_foreign_or_damaged_files(store):
+    (store.folder / "ckpt_7038.pt").write_bytes(b"PK of another program")
+    assert store.entries() == [] and store.unusable == ["ckpt_7038.pt"]
+
+
+def test_one_writer_a_folder(store, monkeypatch):
+    monkeypatch.setattr("berth.training.checkpoint.LOCK_WAIT_SECONDS", 0.0)
+    with pytest.raises(CheckpointError, match="another run is writing"):
+        CheckpointStore(store.folder).prepare()
+    store._lock.release()
+    CheckpointStore(store.folder).prepare()
 
 
 def test_pickles_are_not_executed(store):

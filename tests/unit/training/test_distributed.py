@@ -70,6 +70,6 @@ def test_slurm_without_an_address_is_explained(monkeypatch):
 def test_demanding_a_gpu_where_there_is_none():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert choose_device(None, 0).type == "cpu"
+    assert choose_device(None, Rank()).type == "cpu"
     with pytest.raises(LaunchError, match="--device cpu"):
-        choose_device("cuda", 0)
+        choose_device("cuda", Rank())

@@ -36,7 +36,6 @@ def decide(entries, phase=1, resume=False, init=None, **extra):
         (PHASE1, {"resume": True, "resume_step": 5}, Kind.CONTINUE, 5),
         (DONE1, {"resume": True}, Kind.CONTINUE, 15),
         (DONE1, {"resume": True, "phase": 2}, Kind.ENTER_PHASE2, 15),
-        (DONE1, {"resume": True, "phase": 2, "init": "x.pt"}, Kind.INIT_WEIGHTS, None),
         (IN2, {"resume": True, "phase": 2}, Kind.CONTINUE, 20),
         (IN2, {"resume": True, "phase": 2, "must_continue_phase2": True}, Kind.CONTINUE, 20),
         (IN2, {"resume": True, "phase": 2, "resume_step": 15}, Kind.ENTER_PHASE2, 15),
@@ -59,6 +58,9 @@ def test_starts(entries, options, kind, step):
         (DONE1, {"phase": 2, "resume": True, "must_continue_phase2": True}, CheckpointError, "no phase 2 checkpoint"),
         ([entry(20, 2)], {"resume": True}, CheckpointError, "add --phase2"),
         (PHASE1, {"resume": True, "resume_step": 7}, CheckpointError, r"no ckpt_7.pt in out; steps there: 5, 10"),
+        (DONE1, {"resume": True, "phase": 2, "init": "x.pt"}, ConfigError, "holds another phase"),
+        ([], {"resume": True, "unusable": ["ckpt_9.pt"]}, CheckpointError, "none of it can be resumed"),
+        ([], {"unusable": ["ckpt_9.pt"]}, ConfigError, "already holds a run .ckpt_9.pt"),
         ([], {"resume_step": 7}, ConfigError, "need --resume_from_checkpoint"),
     ],
 )
