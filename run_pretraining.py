@@ -23,7 +23,7 @@ from torch import nn
 
 import modeling
 import optimization
-from berth.errors import CheckpointError, ConfigError, DataError, TrainingError, run_main
+from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, run_main
 from berth.records.reader import RecordsIndex, SampleStream, open_index
 from berth.text.vocabulary import Vocabulary
 from berth.training.batches import BatchPlan, StepBatch, step_batches
@@ -38,6 +38,8 @@ from berth.training.state import RunState, check_identity, identity, step_seed
 from berth.training.step import MaskedLmTrainingStep, StepResult, TrainingStep
 from berth.training.stop import StopRequest, exit_code
 
+REFUSED, NO_FILE, FILE = range(3)  # what rank 0 tells the others about the start
+
 
 def main() -> int:
     options = parse_options(sys.argv[1:])
@@ -45,7 +47,7 @@ def main() -> int:
     configure_logging(place.rank == 0, place.rank)
     stop = StopRequest()
     stop.install()
-    device = choose_device(options.device, place.local_rank)
+    device = choose_device(options.device, place)
     communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min))
     try:
         return Pretraining(options, communicator, stop).run()
@@ -64,7 +66,7 @@ class Pretraining:
         self.config = load_config(options.config_file)
         self.padded_config = self.config.padded(8)
         self.index, vocab_sha256 = open_training_data(options, self.config)
-        self.held_out = open_held_out(options, self.index, self.config.vocab_size)
+        self.held_out = open_held_out(options, self.index, self.config.vocab_size, vocab_sha256)
         self.global_batch = options.train_batch_size * communicator.world_size
         self.identity = identity(
             options, self.config.to_dict(), communicator.world_size, self.index.fingerprint, vocab_sha256
@@ -79,6 +81,8 @@ class Pretraining:
         self.fresh = True
         self.state = self.start()
         self.step = self.build_step()
+        self.stream = SampleStream(self.index, options.seed, self.config.vocab_size)
+        self.stream.rows(self.state.samples, 1)  # reads the first window now: damaged records are reported before anything is written
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -106,20 +110,29 @@ class Pretraining:
 
     def decide(self) -> tuple[Start, dict[str, Any] | None]:
         """Rank 0 decides and tells the others which checkpoint it is; all load the same file."""
-        chosen, start, payload = [0, 0, 0], None, None
+        chosen, start, payload, refusal = [REFUSED, 0, 0], None, None, None
         if self.communicator.is_main:
-            start, payload = self.decide_on_main()
-            if start.entry is not None:
-                chosen = [1, start.entry.phase, start.entry.step]
+            try:
+                start, payload = self.decide_on_main()
+                entry = start.entry
+                chosen = [NO_FILE, 0, 0] if entry is None else [FILE, entry.phase, entry.step]
+            except BerthError as error:
+                refusal = error
         chosen = self.communicator.broadcast_ints(chosen)
+        if refusal is not None:
+            raise refusal
+        if chosen[0] == REFUSED:
+            raise SystemExit(1)  # rank 0 says why
         if start is None:
             start, payload = self.follow_main(chosen)
         return start, payload
 
     def decide_on_main(self) -> tuple[Start, dict[str, Any] | None]:
         """Take the newest good checkpoint the rules allow, passing over damaged ones."""
+        self.store.lock()
         while True:
-            start = decide_start(self.store.entries(), **self.resume_request())
+            entries = self.store.entries()
+            start = decide_start(entries, unusable=self.store.unusable, **self.resume_request())
             if start.entry is None:
                 return start, None
             try:
@@ -129,7 +142,7 @@ class Pretraining:
                 self.store.pass_over(start.entry, error)
 
     def follow_main(self, chosen: list[int]) -> tuple[Start, dict[str, Any] | None]:
-        if not chosen[0]:
+        if chosen[0] == NO_FILE:
             return decide_start([], **{**self.resume_request(), "resume_step": None, "must_continue_phase2": False}), None
         entries = [entry for entry in self.store.entries() if (entry.phase, entry.step) == (chosen[1], chosen[2])]
         if not entries:
@@ -167,6 +180,7 @@ class Pretraining:
         if self.options.phase2:
             payload = load_full_checkpoint(path)
             if payload is not None:
+                check_identity(payload["identity"], self.identity, same_phase=False, force=self.options.force_resume, file=path)
                 self.enter_phase2(payload, state)
             elif self.options.phase1_end_step is not None:
                 state.offset = self.options.phase1_end_step
@@ -198,8 +212,13 @@ class Pretraining:
         self.fresh = False
 
     def load_moments(self, payload: dict[str, Any]) -> None:
+        """Moments and step counts from a checkpoint; the hyperparameters stay those of this command line."""
+        kept = ("params", "param_names", "step", "lr")
+        given = [{key: value for key, value in group.items() if key not in kept} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(payload["optimizer"])
+            for group, values in zip(self.optimizer.param_groups, given, strict=True):
+                group.update(values)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the optimizer state in the checkpoint is not of this --optimizer {self.options.optimizer} ({error}); use the optimizer that "
@@ -227,12 +246,12 @@ class Pretraining:
         if self.communicator.is_main:
             self.store.prepare()
         self.communicator.barrier()
-        self.reporter.open(self.state.phase_step, self.options.max_steps)
+        self.reporter.open(self.state.phase_step, self.options.max_steps, self.state.step)
         self.describe()
         signal_number, done_here = 0, 0
         if self.fresh:
             self.evaluate("start")
-        batches = step_batches(self.stream(), self.plan(), self.state.samples, self.options.num_workers)
+        batches = step_batches(self.stream, self.plan(), self.state.samples, self.options.num_workers)
         try:
             while not self.finished(done_here):
                 began = time.monotonic()
@@ -248,7 +267,7 @@ class Pretraining:
                 self.reporter.step_done(
                     time.monotonic() - began, waited, batch.sequences, batch.tokens, result.mlm_loss, result.nsp_loss, result.skipped
                 )
-                self.report(batch, result)
+                self.report(batch, result, last=self.finished(done_here))
                 self.guard(result)
                 if self.due(self.options.eval_freq, result):
                     self.evaluate("during")
@@ -257,9 +276,6 @@ class Pretraining:
         finally:
             batches.close()
         return self.finish(signal_number, done_here)
-
-    def stream(self) -> SampleStream:
-        return SampleStream(self.index, self.options.seed, self.config.vocab_size)
 
     def plan(self) -> BatchPlan:
         options, communicator = self.options, self.communicator
@@ -274,10 +290,12 @@ class Pretraining:
 
     def agree(self, batch: StepBatch) -> tuple[int, int, int]:
         """Masked tokens and sequences of the global batch, and the stop signal any rank received: one small all-reduce."""
-        flag = self.stop.signal_number
-        counts = self.communicator.sum([batch.masked, batch.sequences, flag, 1 if flag else 0])
-        number = round(counts[2] / counts[3]) if counts[3] else 0
-        return int(counts[0]), int(counts[1]), number
+        masked, sequences, asked = self.communicator.sum([batch.masked, batch.sequences, bool(self.stop.signal_number)])
+        return int(masked), int(sequences), self.agreed_signal() if asked else 0
+
+    def agreed_signal(self) -> int:
+        """The highest stop signal any rank has received so far, 0 for none; the same on all ranks."""
+        return int(self.communicator.max([self.stop.signal_number])[0])
 
     def due(self, every: int, result: StepResult) -> bool:
         """Whether something that happens every ``every`` updates is due now; the phase's end has its own turn."""
@@ -324,8 +342,8 @@ class Pretraining:
         )
         self.reporter.log.parameters(train_start=True, global_step=self.state.step)
 
-    def report(self, batch: StepBatch, result: StepResult) -> None:
-        """Write a log record when one is due. A skipped step is reported at once."""
+    def report(self, batch: StepBatch, result: StepResult, last: bool) -> None:
+        """Write a log record when one is due, or this is the ``last`` step of the process. A skipped step is reported at once."""
         if result.skipped:
             self.reporter.log.parameters(
                 skipped_step=self.state.step + 1, loss_scale=self.precision.scaler.scale, grad_norm=result.grad_norm
@@ -336,7 +354,7 @@ class Pretraining:
             )  # fmt: skip
             return
         step = self.state.phase_step
-        if step % self.options.log_freq and step != self.options.max_steps:
+        if step % self.options.log_freq and not last:
             return
         window = self.reporter.window
         sums = self.communicator.sum([float(window.mlm), float(window.nsp), window.sequences, window.tokens])
@@ -389,6 +407,7 @@ class Pretraining:
             self.evaluate("end")
         if done_here and not self.saved_already():
             self.save()  # last, so that a checkpoint of the phase's end means that everything before it was done
+        signal_number = signal_number or self.agreed_signal()  # one that came with the last step or during the evaluation
         outcome = "stopped by a signal" if signal_number else f"phase {self.options.phase} complete" if complete else "stopped"
         if already:
             outcome = f"phase {self.options.phase} was already complete"
@@ -430,6 +449,8 @@ def open_training_data(options: Options, config: modeling.BertConfig) -> tuple[R
             f"the records in {options.input_dir} have {index.seq_length} tokens a sequence, the model has "
             f"{config.max_position_embeddings} positions (max_position_embeddings in {options.config_file})"
         )
+    for file in index.files:
+        check_vocabulary_size(file.vocab_size, f"the records {file.path} were made with", options, config)
     digests = {file.vocab_sha256: file.path for file in index.files if file.vocab_sha256}
     if len(digests) > 1:
         (_, one), (_, other), *_ = digests.items()
@@ -439,20 +460,29 @@ def open_training_data(options: Options, config: modeling.BertConfig) -> tuple[R
         vocabulary = Vocabulary.load(options.vocab_file)
         if digest and vocabulary.sha256 != digest:
             raise DataError(f"the records in {options.input_dir} were made with another vocabulary than --vocab_file {options.vocab_file}")
-        if vocabulary.size > config.padded(8).vocab_size:
-            raise ConfigError(
-                f"--vocab_file {options.vocab_file} has {vocabulary.size} entries, but vocab_size in {options.config_file} is "
-                f"{config.vocab_size}; use the bert_config.json made with the vocabulary"
-            )
+        check_vocabulary_size(vocabulary.size, f"--vocab_file {options.vocab_file} is", options, config)
         digest = vocabulary.sha256
     return index, digest
 
 
-def open_held_out(options: Options, index: RecordsIndex, vocab_size: int) -> HeldOut | None:
+def check_vocabulary_size(size: int, what: str, options: Options, config: modeling.BertConfig) -> None:
+    """A vocabulary and the model's ``vocab_size`` must be equal, padding to a multiple of 8 apart. 0 = unknown."""
+    if size and -(-size // 8) * 8 != config.padded(8).vocab_size:
+        raise ConfigError(
+            f"{what} a vocabulary of {size} entries, but vocab_size in {options.config_file} is {config.vocab_size}; use the bert_config.json "
+            "that data/vocab.py wrote with the vocabulary"
+        )
+
+
+def open_held_out(options: Options, index: RecordsIndex, vocab_size: int, vocab_sha256: str) -> HeldOut | None:
     """The held-out shard in memory, or ``None`` without --eval_dir."""
     if options.eval_dir is None:
         return None
-    return HeldOut(open_index(options.eval_dir, "test", index.seq_length), vocab_size, options.eval_samples)
+    held_out = open_index(options.eval_dir, "test", index.seq_length, "the training records' length")
+    for file in held_out.files:
+        if vocab_sha256 and file.vocab_sha256 not in ("", vocab_sha256):
+            raise DataError(f"the held-out records {file.path} were made with another vocabulary than the training records; make them again")
+    return HeldOut(held_out, vocab_size, options.eval_samples)
 
 
 def build_model(options: Options, config: modeling.BertConfig) -> nn.Module:
@@ -483,9 +513,12 @@ def build_schedule(options: Options) -> optimization.Schedule:
             "decay_steps": options.lr_decay_steps,
             "lr_offset": options.lr_offset,
         }
-    return optimization.make_schedule(
-        options.lr_schedule, options.learning_rate, options.warmup_proportion, options.max_steps, **extra
-    )
+    try:
+        return optimization.make_schedule(
+            options.lr_schedule, options.learning_rate, options.warmup_proportion, options.max_steps, **extra
+        )
+    except ValueError as error:
+        raise ConfigError(f"--lr_schedule {options.lr_schedule}: {error}") from error
 
 
 def load_full_checkpoint(path: str) -> dict[str, Any] | None:

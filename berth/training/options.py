@@ -26,6 +26,7 @@ OBSOLETE_HARMLESS = {
     "--use_env": "ranks are read from the environment anyway",
     "--allreduce_post_accumulation": "gradients are always reduced once, after accumulation",
     "--disable_jit_fusions": "no TorchScript fusion is used",
+    "--schedule": "the schedule is --lr_schedule",
     "--profile": "it never had an effect",
     "--profile-start": "it never had an effect",
     "--use_ib": "set NCCL_IB_DISABLE / NCCL_SOCKET_IFNAME in the environment",
@@ -37,7 +38,7 @@ OBSOLETE_REFUSED = {
     "--deepspeed_zero_stage": "optimizer sharding is not implemented; run without it",
     "--masking": "records carry their masks; make them with create_pretraining_data.py",
 }
-_WITH_VALUE = {"--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
+_WITH_VALUE = {"--schedule", "--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +128,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
         epilog="The global batch is train_batch_size x number of processes; one forward pass takes train_batch_size / "
-        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 130 after Ctrl-C and 143 "
-        "after SIGTERM, both with a checkpoint saved.",
+        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 130 after Ctrl-C, 143 "
+        "after SIGTERM and 138 after SIGUSR1, each with a checkpoint saved (torchrun itself exits with 1 then).",
     )
     _add_data(parser.add_argument_group("data and model"))
     _add_batch(parser.add_argument_group("batch, steps and optimizer"))
@@ -155,7 +156,7 @@ def _add_batch(group: Any) -> None:
     add = group.add_argument
     add("--train_batch_size", type=int, default=32, help="sequences a process and optimizer step, before accumulation")
     add("--gradient_accumulation_steps", type=int, default=1, help="forward passes an optimizer step; must divide train_batch_size")
-    add("--max_steps", type=_whole, default=1000, help="optimizer steps of this phase; also the length of the learning-rate schedule")
+    add("--max_steps", type=whole_number, default=1000, help="optimizer steps of this phase; also the length of the learning-rate schedule")
     add("--steps_this_run", type=int, help="stop (with a checkpoint) after this many steps of this process; the schedule does not change")
     add("--optimizer", choices=("lamb", "adamw"), default="lamb", help="LAMB as in apex FusedLAMB, or AdamW with the same decay groups")
     add("--learning_rate", type=float, default=5e-5, help="peak learning rate")
@@ -202,9 +203,9 @@ def _add_output(group: Any) -> None:
     add("--num_steps_per_checkpoint", type=int, default=100, help="optimizer steps between checkpoints")
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints kept; phase ends are kept for ever")
     add("--skip_checkpoint", action="store_true", help="write no checkpoint at all (benchmarks)")
-    add("--log_freq", type=_whole, default=1, help="optimizer steps between log records")
+    add("--log_freq", type=whole_number, default=1, help="optimizer steps between log records")
     add("--eval_freq", type=int, default=0, help="optimizer steps between evaluations on --eval_dir; 0 = start and end only")
-    add("--eval_samples", type=int, default=0, help="held-out sequences to evaluate; 0 = all")
+    add("--eval_samples", type=int, default=0, help="held-out sequences to evaluate, from the front of the first file; 0 = all, which are then held in memory")
     add("--eval_batch_size", type=int, help="sequences a forward pass in evaluation; the micro batch if not given")
     add("--json-summary", "--json_summary", dest="json_summary", help="run log, DLLogger JSON lines, appended across restarts (default: <output_dir>/dllogger.json)")
     add("--tensorboard_dir", help="folder for TensorBoard, 'none' for none (default: <output_dir>/tensorboard)")
@@ -222,12 +223,15 @@ def _add_runtime(group: Any) -> None:
         add(flag, dest="obsolete" + flag.replace("-", "_"), help=argparse.SUPPRESS, **kind)
 
 
-def _whole(text: str) -> int:
+def whole_number(text: str) -> int:
     """A whole number, also when written as a float (``7038.``, which the public scripts' users type)."""
-    value = float(text)
-    if value != int(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number")
-    return int(value)
+    try:
+        value = float(text)
+        if value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -283,12 +287,15 @@ def _problems(options: Options) -> list[str]:
     for name in at_least_one:
         value = getattr(options, name)
         rule(value is None or value >= 1, f"--{name} is {value}, it must be at least 1")
-    for name in ("num_workers", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed"):
+    for name in ("num_workers", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed", "lr_offset"):
         value = getattr(options, name)
-        rule(value >= 0, f"--{name} is {value}, it must not be negative")
-    for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "timeout_min", "lr_decay_rate", "lr_warmup_degree"):
+        rule(0 <= value < float("inf"), f"--{name} is {value}, it must be finite and not negative")
+    for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "lr_warmup_degree"):
         value = getattr(options, name)
         rule(0 < value < float("inf"), f"--{name} is {value}, it must be positive and finite")
+    rule(options.seed < 2**63, f"--seed is {options.seed}, it must be below 2**63")
+    rule(0 < options.lr_decay_rate <= 1, f"--lr_decay_rate is {options.lr_decay_rate}, it is a factor above 0 and at most 1")
+    rule(0 < options.timeout_min <= 10080, f"--timeout_min is {options.timeout_min}, it must be above 0 and at most 10080 (a week)")
     rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")
     size, cuts = options.train_batch_size, options.gradient_accumulation_steps
     if size >= 1 and cuts >= 1 and size % cuts:

@@ -157,6 +157,60 @@ def test_a_damaged_checkpoint_costs_only_its_steps(whole, project):
     assert_same_weights(project / "out" / "ckpt_24.pt", whole / "out" / "ckpt_24.pt")
 
 
+def test_the_command_line_rules_on_entering_phase2(whole, project):
+    """Moments come from phase 1, the recipe from this command line."""
+    pretrain(project, max_steps=3)
+    pretrain(project, max_steps=3, phase2=True, resume_from_checkpoint=True, weight_decay=0.2)
+    groups = torch.load(project / "out" / "ckpt_6.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.2, 0.0]
+
+
+def test_phase2_never_starts_over_phase1(whole, project):
+    pretrain(project, max_steps=4)
+    before = (project / "out" / "ckpt_4.pt").read_bytes()
+    done = pretrain(
+        project, expect=2, max_steps=4, phase2=True, resume_from_checkpoint=True, init_checkpoint=whole / "out" / "ckpt_24.pt"
+    )
+    assert "holds another phase" in done.stderr and (project / "out" / "ckpt_4.pt").read_bytes() == before
+
+
+def test_checkpoints_of_other_programs_and_ruins_are_not_trained_over(project):
+    (project / "out").mkdir()
+    (project / "out" / "ckpt_7038.pt").write_bytes(b"PK something else")
+    assert "already holds a run (ckpt_7038.pt)" in pretrain(project, expect=2).stderr
+    assert "none of it can be resumed" in pretrain(project, expect=1, resume_from_checkpoint=True).stderr
+    assert (project / "out" / "ckpt_7038.pt").read_bytes() == b"PK something else"
+
+
+def test_two_runs_never_share_a_folder(project):
+    """The second waits for the lock; when the first one dies it goes on from its checkpoint."""
+    first = start(project, max_steps=4000, num_steps_per_checkpoint=50, learning_rate=1e-4)
+    wait_for_step(project / "out" / "dllogger.json", 60, first)
+    second = start(project, max_steps=4000, num_steps_per_checkpoint=50, learning_rate=1e-4, resume_from_checkpoint=True, steps_this_run=3)
+    time.sleep(3)
+    assert second.poll() is None
+    first.kill()
+    first.communicate()
+    _, errors = second.communicate(timeout=90)
+    assert second.returncode == 0 and "continuing phase 1 from ckpt_" in errors, errors
+    attempts = [record["attempt"] for record in read_records(project / "out" / "dllogger.json")]
+    assert attempts == sorted(attempts)
+
+
+def test_skipped_steps_do_not_poison_the_log(project):
+    done = pretrain(project, precision="fp16", init_loss_scale=2.0**40, max_steps=6, learning_rate=1e-4)
+    steps = read_steps(project / "out" / "dllogger.json")
+    assert "skipped" in done.stderr and list(steps) == [1, 2, 3, 4, 5, 6]
+    assert all(data["average_loss"] == data["average_loss"] for data in steps.values()) and steps[6]["skipped_steps"] > 0
+    assert "nan" not in done.stderr
+
+
+def test_a_short_run_with_rare_logging_says_no_nan(project):
+    done = pretrain(project, log_freq=10, steps_this_run=2)
+    assert "nan" not in done.stderr and "final loss" in done.stderr
+    assert list(read_steps(project / "out" / "dllogger.json")) == [2]
+
+
 def test_phase2_from_another_folder(whole, project):
     done = pretrain(
         project, "from_folder", phase2=True, init_checkpoint=whole / "out", max_steps=10, learning_rate=4e-3, steps_this_run=1, phase1_end_step=34
@@ -253,6 +307,26 @@ def test_a_signal_to_one_rank_stops_all_on_the_same_step(exact):
     assert (exact / "signal" / f"ckpt_{reached}.pt").exists()
 
 
+def test_a_refusal_is_said_once(exact):
+    errors = finish_with(launch(exact, 2, "one", max_steps=8, train_batch_size=12, gradient_accumulation_steps=1), [2, 1])
+    assert "already holds a run" in errors[0] and not any("Traceback" in text for text in errors)
+
+
+def finish_with(running, codes):
+    errors = [process.communicate(timeout=200)[1] for process in running]
+    assert [process.returncode for process in running] == codes, "\n".join(errors)
+    return errors
+
+
+def test_different_signals_to_different_ranks(exact):
+    running = launch(exact, 2, "signals", max_steps=2000, train_batch_size=12, gradient_accumulation_steps=1)
+    wait_for_step(exact / "signals" / "dllogger.json", 3, running[0])
+    running[0].send_signal(signal.SIGINT)
+    running[1].send_signal(signal.SIGTERM)
+    codes = {process.returncode for process in running if process.communicate(timeout=100)}
+    assert len(codes) == 1 and codes <= {130, 143}
+
+
 def test_torchrun(exact):
     command = [
         os.path.join(os.path.dirname(sys.executable), "torchrun"), "--standalone", "--nproc_per_node", "2", str(ROOT / "run_pretraining.py"),
@@ -310,6 +384,7 @@ def test_ids_beyond_the_vocabulary(project):
     write_records(project / "records" / "b_training_0.hdf5", 30, 5, vocab_size=500)
     done = pretrain(project, expect=1)
     assert "b_training_0.hdf5, row" in done.stderr and "vocabulary has 96 entries" in done.stderr and "Traceback" not in done.stderr
+    assert not (project / "out").exists()
 
 
 def test_bad_configurations(project):
@@ -324,6 +399,10 @@ def test_vocabulary_that_does_not_belong(project):
     vocab = project / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{n}" for n in range(91))]) + "\n")
     pretrain(project, "good", max_steps=1, vocab_file=vocab)
+    small = make_project(project / "small", vocab_size=200)
+    assert "vocabulary of 96 entries" in pretrain(small, expect=2, vocab_file=vocab).stderr
+    write_records(project / "records" / "a_test_0.hdf5", 20, 0, vocab_sha256="2" * 64)
+    assert "held-out records" in pretrain(project, expect=1, vocab_file=vocab, eval_dir=project / "records").stderr
     write_records(project / "records" / "a_training_0.hdf5", 20, 0, vocab_sha256="0" * 64)
     assert "another vocabulary" in pretrain(project, expect=1, vocab_file=vocab).stderr
     write_records(project / "records" / "a_training_1.hdf5", 20, 0, vocab_sha256="1" * 64)

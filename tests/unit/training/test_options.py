@@ -50,7 +50,7 @@ def test_all_mistakes_at_once(required):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("words", [["--max_steps", "10.5"], ["--unknown", "1"], ["--optimizer", "sgd"], ["--learning_rat", "1"]])
+@pytest.mark.parametrize("words", [["--max_steps", "10.5"], ["--max_steps", "inf"], ["--max_steps", "many"], ["--unknown", "1"], ["--optimizer", "sgd"], ["--learning_rat", "1"]])
 def test_usage_errors(required, words):
     with pytest.raises(ConfigError, match="--help"):
         parse_options([*required, *words])
@@ -61,10 +61,14 @@ def test_missing_files_are_named(tmp_path):
         parse_options(["--input_dir", "d", "--config_file", str(tmp_path / "none.json"), "--output_dir", "o"])
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "loss_scale", "seed", "num_workers"])
-def test_negative_numbers(required, name):
-    with pytest.raises(ConfigError, match=f"--{name} is -1"):
-        parse_options([*required, f"--{name}", "-1"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", "-1"), ("loss_scale", "-1"), ("seed", "-1"), ("num_workers", "-1"), ("weight_decay", "inf"), ("max_grad_norm", "nan"),
+     ("loss_scale", "inf"), ("seed", str(2**70)), ("timeout_min", "1e300"), ("lr_decay_rate", "1.5"), ("lr_offset", "-1")],
+)  # fmt: skip
+def test_numbers_out_of_range(required, name, value):
+    with pytest.raises(ConfigError, match=f"--{name} is "):
+        parse_options([*required, f"--{name}", value])
 
 
 def test_help_explains_every_option():
