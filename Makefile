@@ -25,7 +25,7 @@ setup: $(STAMP)
 
 $(STAMP): setup.cfg pyproject.toml Makefile
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else f"berth needs Python 3.10 to 3.12, $(PYTHON) is {v[0]}.{v[1]}; pass PYTHON=/path/to/python3.11")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "numpy>=2.0"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[demo,dev]"
 	@touch $@
@@ -39,7 +39,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck $$(git ls-files '*.sh' '*.sub' .ci/run)
+	$(BIN)/shellcheck .ci/run $(wildcard scripts/*.sh scripts/docker/*.sh slurm/*.sub slurm/*.sh)
 
 format: setup
 	$(BIN)/ruff check --fix-only .

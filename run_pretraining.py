@@ -340,7 +340,8 @@ class Pretraining:
             torch=torch.__version__,
             device=str(self.communicator.device),
         )
-        self.reporter.log.parameters(train_start=True, global_step=self.state.step)
+        if self.state.phase_step < options.max_steps:  # a finished phase that is run again starts nothing
+            self.reporter.log.parameters(train_start=True, global_step=self.state.step)
 
     def report(self, batch: StepBatch, result: StepResult, last: bool) -> None:
         """Write a log record when one is due, or this is the ``last`` step of the process. A skipped step is reported at once."""
@@ -388,6 +389,7 @@ class Pretraining:
             "scaler": self.precision.scaler.state_dict(),
             "config": self.config.to_dict(),
             "objective": self.options.objective,
+            "do_lower_case": self.index.lowercase,
             "identity": self.identity,
             "skipped": state.skipped,
             "consecutive_skips": state.consecutive_skips,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,19 @@ from typing import Any
 
 from berth.errors import ConfigError, DataError, run_main
 from berth.files import write_json
-from berth.quickstart.plan import PREFIX, ROOT, Demo, Phase, export_stage, records_stage, text_stages, training_stage
-from berth.quickstart.stages import Runner, Stage
+from berth.quickstart.plan import (
+    PREFIX,
+    ROOT,
+    Demo,
+    Phase,
+    export_stage,
+    fit_to_documents,
+    records_stage,
+    sentences_stage,
+    text_stages,
+    training_stage,
+)
+from berth.quickstart.stages import Runner
 from berth.quickstart.summary import draw_curves, load_cached_predictions, read_phase, write_summary
 
 SPEECHES = (
@@ -68,21 +80,24 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     demo = make_demo(arguments)
-    stages = text_stages(demo)
-    demo.workdir.mkdir(parents=True, exist_ok=True)
+    sentences = sentences_stage(demo)
     runner = Runner(demo.workdir)
+    runner.prepare()
+    runner.run(sentences)
+    demo = fit_to_documents(demo)
+    stages = text_stages(demo, sentences)
     for stage in stages:
         runner.run(stage)
     depends = tuple(stage.key for stage in stages)
-    trained: Stage | None = None
     records = [records_stage(demo, phase, depends) for phase in demo.phases]
     for stage in records:
         runner.run(stage)
+    trained: tuple[str, ...] = ()
     for phase, stage in zip(demo.phases, records, strict=True):
-        trained = training_stage(demo, phase, (*depends, stage.key, *([trained.key] if trained else [])))
-        runner.run(trained)
-    assert trained is not None
-    export = export_stage(demo, (trained.key,))
+        training = training_stage(demo, phase, (*depends, stage.key, *trained))
+        runner.run(training)
+        trained = (training.key,)
+    export = export_stage(demo, trained)
     runner.run(export)
     predictions = fill_mask(demo, export.key, masked_sentences(demo, is_default=arguments.corpus is None))
     results = [read_phase(demo, phase) for phase in demo.phases]
@@ -102,15 +117,17 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
         for number, base in enumerate((PHASE1, PHASE2))
     )  # fmt: skip
     wrong = [f"{name} must be at least 1" for name in ("steps", "batch") if min(getattr(arguments, name)) < 1]
-    if not Path(arguments.config).is_file():
-        wrong.append(f"--config {arguments.config} does not exist")
+    wrong += config_problems(Path(arguments.config).expanduser())
     if wrong:
         raise ConfigError("; ".join(wrong))
-    corpus = Path(arguments.corpus) if arguments.corpus else speeches()
+    corpus = Path(arguments.corpus).expanduser().resolve() if arguments.corpus else speeches()
+    workdir = Path(arguments.workdir).expanduser().resolve()
+    if corpus.is_dir() and (workdir == corpus or corpus in workdir.parents):
+        raise ConfigError(f"the work folder {workdir} lies inside the corpus folder {corpus}, whose .txt files are all read; give another WORKDIR")
     return Demo(
         corpus=corpus,
-        workdir=Path(arguments.workdir),
-        config=Path(arguments.config),
+        workdir=workdir,
+        config=Path(arguments.config).expanduser().resolve(),
         documents=arguments.documents,
         cased=arguments.cased,
         vocab_size=arguments.vocab_size,
@@ -118,6 +135,20 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
         seed=arguments.seed,
         phases=phases,
     )
+
+
+def config_problems(path: Path) -> list[str]:
+    """What is wrong with the model's shape, before anything is made."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        positions = int(config["max_position_embeddings"])
+    except OSError as error:
+        return [f"--config {path}: {error.strerror}"]
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"--config {path} is not a BERT configuration with max_position_embeddings ({error})"]
+    if positions < PHASE2.seq_length:
+        return [f"--config {path} has {positions} positions (max_position_embeddings), phase 2 needs {PHASE2.seq_length}"]
+    return []
 
 
 def micro_batches(batch: int, base: Phase) -> int:
@@ -149,19 +180,26 @@ def best_precision() -> str:
 
 
 def masked_sentences(demo: Demo, is_default: bool) -> list[str]:
-    """Three sentences with one word masked: well-known phrases for the speeches, held-out sentences for any other text."""
+    """Three sentences with one word masked: well-known phrases for the speeches, held-out sentences for any other text.
+
+    Of a sentence of several words the longest inner one is masked; of text without spaces the character in the middle.
+    """
     if is_default:
         return list(SPEECHES)
-    chosen: list[str] = []
     with open(demo.shards / f"{PREFIX}_test_0.txt", encoding="utf-8") as handle:
-        for line in handle:
-            words = line.split()
-            if 5 <= len(words) <= 30:
-                middle = max(range(1, len(words) - 1), key=lambda at: len(words[at]))
-                chosen.append(" ".join([*words[:middle], "[MASK]", *words[middle + 1 :]]))
-            if len(chosen) == 3:
-                break
-    return chosen
+        lines = [line.strip() for line in handle if 3 <= len(line.strip()) <= 300 and "[" not in line]
+    by_words = [line for line in lines if 5 <= len(line.split()) <= 40]
+    return [mask_one(line) for line in [*by_words, *(line for line in lines if line not in by_words)][:3]]
+
+
+def mask_one(line: str) -> str:
+    """``line`` with one word, or one character of a line of one or two words, replaced by [MASK]."""
+    words = line.split()
+    if len(words) < 3:
+        middle = len(line) // 2
+        return f"{line[:middle]} [MASK] {line[middle + 1 :]}".strip()
+    longest = max(range(1, len(words) - 1), key=lambda at: len(words[at]))
+    return " ".join([*words[:longest], "[MASK]", *words[longest + 1 :]])
 
 
 def fill_mask(demo: Demo, key: str, sentences: list[str]) -> list[str]:

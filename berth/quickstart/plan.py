@@ -8,7 +8,7 @@ from pathlib import Path
 
 import berth
 from berth.errors import ConfigError, DataError
-from berth.files import sha256_json
+from berth.files import sha256_file, sha256_json
 from berth.quickstart.stages import Stage
 from berth.records import records_folder_name
 
@@ -55,6 +55,11 @@ class Demo:
     phases: tuple[Phase, ...] = ()
 
     @property
+    def places(self) -> tuple[tuple[str, str], ...]:
+        """Paths that count by name in a stage's key; the text itself counts by its digest."""
+        return ((str(self.workdir), "WORKDIR"), (str(self.corpus), "CORPUS"), (str(self.config), "CONFIG"), (str(ROOT), "ROOT"))
+
+    @property
     def sentences(self) -> Path:
         return self.workdir / "text" / "sentences.txt"
 
@@ -93,7 +98,7 @@ class Demo:
 
 
 def corpus_digest(corpus: Path) -> str:
-    """Digest of the names, sizes and modification times of the text: cheap, and changes when the text does.
+    """Digest of the text: names below the corpus folder and contents.
 
     Raises :class:`DataError` when there is no text.
     """
@@ -102,7 +107,7 @@ def corpus_digest(corpus: Path) -> str:
     files = sorted(corpus.rglob("*.txt")) if corpus.is_dir() else [corpus]
     if not files:
         raise DataError(f"the corpus folder {corpus} holds no .txt file")
-    return sha256_json([[str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns] for file in files])
+    return sha256_json([[str(file.relative_to(corpus)) if corpus.is_dir() else "", sha256_file(file)] for file in files])
 
 
 def script(name: str, *arguments: object) -> tuple[str, ...]:
@@ -116,15 +121,40 @@ def script(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(path), *(str(argument) for argument in arguments))
 
 
-def text_stages(demo: Demo) -> list[Stage]:
-    """Raw text -> sentences -> shards -> vocabulary."""
-    case = "--cased" if demo.cased else "--do_lower_case"
-    sentences = Stage(
+def sentences_stage(demo: Demo) -> Stage:
+    """Raw text -> sentences."""
+    return Stage(
         "sentences",
         script("data/sentences.py", "--input", demo.corpus, "--output", demo.sentences, "--documents", demo.documents),
         (demo.sentences,),
         (corpus_digest(demo.corpus),),
+        demo.places,
     )
+
+
+def fit_to_documents(demo: Demo) -> Demo:
+    """Choose shards for the number of documents that were found; each shard needs two.
+
+    Raises :class:`DataError` when there are too few for a training and a held-out shard.
+    """
+    with open(demo.sentences, encoding="utf-8") as handle:
+        documents, inside = 0, False
+        for line in handle:
+            documents += bool(line.strip()) and not inside
+            inside = bool(line.strip())
+    if documents < 4:
+        raise DataError(
+            f"{demo.corpus} holds {documents} document(s); at least 4 are needed, two to train on and two to hold out (a random next sentence comes "
+            "from another document). In one file separate documents by blank lines; in a folder each file is one, unless "
+            "ARGS='--documents blank_line' says that blank lines separate them there too"
+        )
+    shards = min(demo.training_shards, max(1, documents // 10))
+    return dataclasses.replace(demo, training_shards=shards, fraction_test_set=max(demo.fraction_test_set, 2.01 / documents))
+
+
+def text_stages(demo: Demo, sentences: Stage) -> list[Stage]:
+    """Sentences -> shards -> vocabulary."""
+    case = "--cased" if demo.cased else "--do_lower_case"
     shards = Stage(
         "shards",
         script(
@@ -134,6 +164,7 @@ def text_stages(demo: Demo) -> list[Stage]:
         ),
         (demo.shards,),
         (sentences.key,),
+        demo.places,
     )  # fmt: skip
     training = [demo.shards / f"{PREFIX}_training_{number}.txt" for number in range(demo.training_shards)]
     vocab = Stage(
@@ -144,8 +175,9 @@ def text_stages(demo: Demo) -> list[Stage]:
         ),
         (demo.vocab, demo.model_config),
         (shards.key, sha256_json(demo.config.read_text(encoding="utf-8"))),
+        demo.places,
     )  # fmt: skip
-    return [sentences, shards, vocab]
+    return [shards, vocab]
 
 
 def records_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
@@ -160,6 +192,7 @@ def records_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
         ),
         (demo.records(phase),),
         depends,
+        demo.places,
         folder=demo.records(phase),
     )  # fmt: skip
 
@@ -180,6 +213,7 @@ def training_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
         ),
         (demo.checkpoint(phase),),
         depends,
+        demo.places,
         folder=demo.results(phase),
     )  # fmt: skip
 
@@ -194,4 +228,5 @@ def export_stage(demo: Demo, depends: tuple[str, ...]) -> Stage:
         ),
         (demo.huggingface,),
         depends,
+        demo.places,
     )  # fmt: skip

@@ -7,6 +7,8 @@ left, which is how training resumes; what a stage with *another* key left is mov
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import shlex
@@ -18,8 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from berth.errors import LaunchError
-from berth.files import read_json, sha256_json, write_json
+from berth.errors import ConfigError, LaunchError
+from berth.files import FolderLock, read_json, sha256_json, write_json
+
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Stage:
         command: argv.
         outputs: files or folders it makes; all must exist afterwards.
         depends: digests of what goes in (earlier stages' keys, the corpus).
+        places: ``(path, name)`` pairs: words of the command that begin with a path count as its name in the key, so that the key does
+            not change with the work folder's place or the way it was typed.
         folder: a folder that belongs to this stage alone. What a half-done run of the same command left in it is continued; what
             another command left is moved aside. Without it the command replaces its outputs by itself.
     """
@@ -39,12 +46,19 @@ class Stage:
     command: tuple[str, ...]
     outputs: tuple[Path, ...]
     depends: tuple[str, ...]
+    places: tuple[tuple[str, str], ...] = ()
     folder: Path | None = None
 
     @property
     def key(self) -> str:
-        """Digest of the command and of what it depends on."""
-        return sha256_json([self.name, list(self.command), list(self.depends)])
+        """Digest of the script with its options and of what it depends on; which Python runs it does not matter."""
+        return sha256_json([self.name, [self._named(word) for word in self.command[1:]], list(self.depends)])
+
+    def _named(self, word: str) -> str:
+        for path, name in self.places:
+            if word == path or word.startswith(path + os.sep):
+                return name + word[len(path) :]
+        return word
 
 
 class Runner:
@@ -57,8 +71,17 @@ class Runner:
     def __init__(self, workdir: Path) -> None:
         self.workdir = workdir
         self.stamps = workdir / ".stages"
+        self._lock = FolderLock(workdir)
         self.seconds: dict[str, float] = {}
         self.skipped: list[str] = []
+
+    def prepare(self) -> None:
+        """Make the work folder and lock it. Raises :class:`ConfigError` for somebody else's folder, :class:`LaunchError` when it is in use."""
+        if self.workdir.exists() and not self.stamps.is_dir() and any(self.workdir.iterdir()):
+            raise ConfigError(f"the work folder {self.workdir} holds other files; give WORKDIR a new folder")
+        self.stamps.mkdir(parents=True, exist_ok=True)
+        if not self._lock.acquire(wait_seconds=5):
+            raise LaunchError(f"another make pretrain is working in {self.workdir}; wait for it, or give another WORKDIR")
 
     def run(self, stage: Stage) -> None:
         """Run a stage unless it is fresh. Raises :class:`LaunchError` when it fails, ``SystemExit`` when it was interrupted."""
@@ -122,25 +145,39 @@ def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
 
 
 def run_command(command: tuple[str, ...]) -> int:
-    """Run argv with this terminal; pass SIGTERM on, leave Ctrl-C to the child (it has it already) and wait for its polite end."""
+    """Run argv with this terminal and wait for it; its exit code, or 128 + signal when we were asked to stop meanwhile.
+
+    SIGTERM is passed on; Ctrl-C has reached the child already, which ends politely.
+    """
     # waiting threads give their core away: with another busy program beside it, training is up to ten times faster so
     defaults = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"})
+    child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_end_with_parent)
+    asked: list[int] = []
 
-    def forward(number: int, frame: FrameType | None) -> None:
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
         if number == signal.SIGTERM:
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return child.wait()
+        code = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return 128 + asked[0] if asked else code
+
+
+def _end_with_parent() -> None:
+    """In the child: ask Linux for a SIGTERM when the parent dies (kill -9), so that no orphan trains on in the background."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def raise_for(stage: Stage, code: int) -> None:
     """Turn a child's exit code into ours: an interruption keeps its code, a failure says how to go on."""
+    code = {-signal.SIGINT: 130, -signal.SIGTERM: 143}.get(code, code)
     if code in (130, 143):
         print(f"== {stage.name}: interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
         raise SystemExit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ MARGIN_ACCURACY = 2.0  # and accuracy this many times the most frequent token's 
 
 @dataclasses.dataclass(frozen=True)
 class PhaseResult:
-    """Read from one phase's run log: held-out scores (by global step; those of its start and end), training curve, sequences/s."""
+    """Read from one phase's run log: held-out scores (by global step; those of its start and end), training curve, sequences/s (median over the
+    steps)."""
 
     phase: Phase
     start: dict[str, Any]
@@ -34,16 +36,15 @@ def read_phase(demo: Demo, phase: Phase) -> PhaseResult:
     path = demo.results(phase) / "dllogger.json"
     scores: dict[str, dict[str, Any]] = {}
     by_step: dict[int, dict[str, Any]] = {}
-    rates: list[float] = []
     for record in read_records(path):
         data = record.get("data", {})
         if "evaluation" in data:
             scores[data["evaluation"]] = by_step[record["step"][1]] = data
-        if record.get("step") == [] and data.get("training_sequences_per_second"):
-            rates.append(float(data["training_sequences_per_second"]))
     if not {"start", "end"} <= scores.keys():
         raise DataError(f"{path} lacks the held-out scores of the phase's start or end; remove {demo.results(phase)} and run again")
-    return PhaseResult(phase, scores["start"], scores["end"], by_step, read_steps(path), rates[-1] if rates else float("nan"))
+    steps = read_steps(path)
+    rates = [float(row["training_sequences_per_second"]) for row in steps.values()]
+    return PhaseResult(phase, scores["start"], scores["end"], by_step, steps, statistics.median(rates))
 
 
 def learned(result: PhaseResult) -> bool:
@@ -112,7 +113,7 @@ def write_summary(demo: Demo, runner: Runner, results: list[PhaseResult], predic
     verdict = (
         f"The model has learned: held-out MLM loss {last.end['mlm_loss']:.3f} nat is "
         f"{last.end['baselines']['unigram_entropy'] - last.end['mlm_loss']:.2f} below the unigram entropy, accuracy "
-        f"{last.end['mlm_accuracy'] / last.end['baselines']['most_frequent_token_accuracy']:.1f} times the most frequent token's."
+        f"{last.end['mlm_accuracy'] / max(last.end['baselines']['most_frequent_token_accuracy'], 1e-9):.1f} times the most frequent token's."
         if learned(last)
         else "The model has NOT learned enough to be told from word counts (wanted: MLM loss "
         f"{MARGIN_NATS} nat below the unigram entropy and accuracy {MARGIN_ACCURACY:g} times the most frequent token's). Give it more text "

@@ -76,6 +76,7 @@ class RecordsFile:
     vocab_sha256: str = ""
     vocab_size: int = 0
     digest: str = ""
+    lowercase: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,12 @@ class RecordsIndex:
     def rows(self) -> int:
         """Rows of all files together: the length of an epoch."""
         return sum(file.rows for file in self.files)
+
+    @property
+    def lowercase(self) -> bool | None:
+        """Whether the text was lower-cased, ``None`` where the files do not say or disagree."""
+        said = {file.lowercase for file in self.files}
+        return said.pop() if len(said) == 1 else None
 
     @property
     def fingerprint(self) -> str:
@@ -178,8 +185,9 @@ def _inspect(path: Path) -> tuple[RecordsFile, int, int]:
             attributes = {name: str(value) for name, value in handle.attrs.items() if not name.startswith("count_")}
             vocab_size = int(attributes.get("vocab_size", "0") or 0)
             content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes)) or str(path.stat().st_size)
+            lower = {"True": True, "1": True, "False": False, "0": False}.get(attributes.get("do_lower_case", ""))
             digest = hashlib.sha256(content.encode()).hexdigest()
-            return RecordsFile(path, rows, attributes.get("vocab_sha256", ""), vocab_size, digest), length, predictions
+            return RecordsFile(path, rows, attributes.get("vocab_sha256", ""), vocab_size, digest, lower), length, predictions
     except OSError as error:
         raise DataError(
             f"{path} cannot be read as hdf5 ({error}); a truncated file must be made again with create_pretraining_data.py"

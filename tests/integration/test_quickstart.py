@@ -88,7 +88,7 @@ def test_the_second_run_skips_everything(place, finished):
     workdir, first = finished
     stamps = {path: path.stat().st_mtime_ns for path in workdir.rglob("*.pt")}
     again = run(place, workdir)
-    assert again.stdout.count(": up to date") == 8
+    assert again.stdout.count(": up to date") == 8 and "nan" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*.pt")} == stamps
     table = first.stdout[first.stdout.index("held-out records") :]
     assert again.stdout[again.stdout.index("held-out records") :] == table
@@ -131,6 +131,49 @@ def test_interrupted_it_goes_on(place, finished, tmp_path, phase, step, number):
     assert found == expected
 
 
+def test_another_way_of_typing_the_same_is_the_same(place, finished, tmp_path):
+    """A moved text with equal content, a relative work folder, another path to Python."""
+    workdir, _ = finished
+    (tmp_path / "moved.txt").write_bytes((place / "text.txt").read_bytes())
+    words = command(place, os.path.relpath(workdir, ROOT), corpus=str(tmp_path / "moved.txt"))
+    (tmp_path / "python-again").symlink_to(sys.executable)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, env=environment(), cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count(": up to date") == 8, done.stdout + done.stderr
+
+
+def test_only_the_driver_is_killed(place, finished, tmp_path):
+    """kill -9 of the driver alone: its stage ends with it, a second run waits for that and goes on, losing nothing."""
+    workdir = tmp_path / "work"
+    process = subprocess.Popen(
+        [*command(place, workdir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT, start_new_session=True
+    )
+    log = workdir / "results" / "phase1" / "dllogger.json"
+    end = time.monotonic() + 120
+    while not (log.exists() and 3 in read_steps(log)):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    run(place, workdir)
+    expected = {n: d["batch_crc32"] for n, d in read_steps(finished[0] / "results" / "phase1" / "dllogger.json").items()}
+    assert {n: d["batch_crc32"] for n, d in read_steps(log).items()} == expected
+
+
+def test_text_without_spaces_and_with_special_tokens(tmp_path):
+    rng = random.Random(3)
+    characters = [chr(0x4E00 + number) for number in range(60)]
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    line = lambda: "".join(rng.choice(characters) for _ in range(12)) + "\u3002"  # noqa: E731
+    (tmp_path / "text.txt").write_text("\n\n".join("\n".join(line() for _ in range(12)) for _ in range(6)), encoding="utf-8")
+    done = run(tmp_path, tmp_path / "work")
+    assert len(json.loads((tmp_path / "work" / "summary.json").read_text())["fill_mask"]) == 3
+    write_corpus(tmp_path / "text.txt", documents=5)
+    text = (tmp_path / "text.txt").read_text().replace("ship", "[MASK] ship")
+    (tmp_path / "text.txt").write_text(text)
+    done = run(tmp_path, tmp_path / "work2")
+    assert "Traceback" not in done.stderr and "1 training shards" in done.stdout
+
+
 def test_a_folder_is_one_document_a_file(place, tmp_path):
     for number, document in enumerate((place / "text.txt").read_text().split("\n\n")[:12]):
         (tmp_path / "texts" / "deep").mkdir(parents=True, exist_ok=True)
@@ -140,7 +183,7 @@ def test_a_folder_is_one_document_a_file(place, tmp_path):
 
 
 def test_bad_corpora(place, tmp_path):
-    cases = {"empty.txt": b" \n\n", "latin.txt": "Árvíz.\n\nTükör.\n".encode("latin-2"), "one.txt": b"One document. Of two sentences.\n"}
+    cases = {"empty.txt": b" \n\n", "latin.txt": "Árvíz.\n\nTükör.\n".encode("iso8859-2"), "one.txt": b"One document. Of two sentences.\n"}
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
     assert "offset 0" in run(place, tmp_path / "w", corpus=str(tmp_path / "latin.txt"), expect=1).stderr
@@ -148,6 +191,12 @@ def test_bad_corpora(place, tmp_path):
     assert "document" in run(place, tmp_path / "w", corpus=str(tmp_path / "one.txt"), expect=1).stderr
     done = run(place, tmp_path / "absent", corpus=str(tmp_path / "none"), expect=1)
     assert "CORPUS" in done.stderr and not (tmp_path / "absent").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("Important.")
+    assert "holds other files" in run(place, tmp_path / "mine", expect=2).stderr
+    assert "inside the corpus folder" in run(place, tmp_path / "mine" / "work", corpus=str(tmp_path / "mine"), expect=2).stderr
+    (tmp_path / "short.json").write_text(json.dumps({**TINY, "max_position_embeddings": 128}))
+    assert "phase 2 needs 512" in run(place, tmp_path / "absent", "--config", str(tmp_path / "short.json"), expect=2).stderr
     assert "at least 1" in run(place, tmp_path / "absent", "--steps", "0", "1", expect=2).stderr
     for name in cases:
         done = run(place, tmp_path / "w", corpus=str(tmp_path / name), expect=1)
