@@ -38,11 +38,13 @@ test: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck .ci/run $(wildcard scripts/*.sh scripts/docker/*.sh slurm/*.sub slurm/*.sh)
 
 format: setup
 	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -523,10 +523,7 @@ def _broadcast_mask(attention_mask: Tensor | None) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.ndim not in (2, 3):
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}: "
-            "must be [batch, sequence] or [batch, sequence, sequence]"
-        )
+        raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}: must be [batch, sequence] or [batch, sequence, sequence]")
     mask = attention_mask.bool()
     mask = mask[:, None, None, :] if mask.ndim == 2 else mask[:, None, :, :]
     return mask | ~mask.any(dim=-1, keepdim=True)
@@ -580,9 +577,7 @@ class VocabularyCrossEntropy(torch.autograd.Function):
         return 64 if logits_MV.device.type == "cpu" else 4096
 
 
-def _summed_over(
-    logits: Tensor, labels: Tensor, denominator: float | Tensor | None = None, ignored: int = IGNORED_LABEL
-) -> Tensor:
+def _summed_over(logits: Tensor, labels: Tensor, denominator: float | Tensor | None = None, ignored: int = IGNORED_LABEL) -> Tensor:
     """Cross-entropy in fp32, summed over the labels that count and divided by ``denominator``.
 
     ``logits`` [..., C], ``labels`` int64 [...]. ``denominator=None`` divides by the number of labels that count: the
@@ -676,9 +671,7 @@ class BertMaskedLMBase(BertBase):
             return None
         return (labels.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1) if masked_index is None else masked_index
 
-    def _mlm_loss(
-        self, logits: Tensor, labels: Tensor | None, rows: Tensor | None, denominator: float | Tensor | None
-    ) -> Tensor | None:
+    def _mlm_loss(self, logits: Tensor, labels: Tensor | None, rows: Tensor | None, denominator: float | Tensor | None) -> Tensor | None:
         if labels is None:
             return None
         labels = labels.reshape(-1)

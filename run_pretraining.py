@@ -68,9 +68,7 @@ class Pretraining:
         self.index, vocab_sha256 = open_training_data(options, self.config)
         self.held_out = open_held_out(options, self.index, self.config.vocab_size, vocab_sha256)
         self.global_batch = options.train_batch_size * communicator.world_size
-        self.identity = identity(
-            options, self.config.to_dict(), communicator.world_size, self.index.fingerprint, vocab_sha256
-        )
+        self.identity = identity(options, self.config.to_dict(), communicator.world_size, self.index.fingerprint, vocab_sha256)
         self.precision = make_precision(
             options.precision, communicator.device.type, options.loss_scale, options.init_loss_scale, options.min_loss_scale
         )
@@ -95,16 +93,12 @@ class Pretraining:
             self.load_initial(str(self.options.init_checkpoint), state)
         elif start.kind is Kind.ENTER_PHASE2:
             assert start.entry is not None and payload is not None
-            check_identity(
-                payload["identity"], self.identity, same_phase=False, force=self.options.force_resume, file=start.entry.file
-            )
+            check_identity(payload["identity"], self.identity, same_phase=False, force=self.options.force_resume, file=start.entry.file)
             self.model.load_state_dict(payload["model"])
             self.enter_phase2(payload, state)
         elif start.kind is Kind.CONTINUE:
             assert start.entry is not None and payload is not None
-            check_identity(
-                payload["identity"], self.identity, same_phase=True, force=self.options.force_resume, file=start.entry.file
-            )
+            check_identity(payload["identity"], self.identity, same_phase=True, force=self.options.force_resume, file=start.entry.file)
             self.restore(payload, state)
         return state
 
@@ -483,7 +477,9 @@ def open_held_out(options: Options, index: RecordsIndex, vocab_size: int, vocab_
     held_out = open_index(options.eval_dir, "test", index.seq_length, "the training records' length")
     for file in held_out.files:
         if vocab_sha256 and file.vocab_sha256 not in ("", vocab_sha256):
-            raise DataError(f"the held-out records {file.path} were made with another vocabulary than the training records; make them again")
+            raise DataError(
+                f"the held-out records {file.path} were made with another vocabulary than the training records; make them again"
+            )
     return HeldOut(held_out, vocab_size, options.eval_samples)
 
 
@@ -516,9 +512,7 @@ def build_schedule(options: Options) -> optimization.Schedule:
             "lr_offset": options.lr_offset,
         }
     try:
-        return optimization.make_schedule(
-            options.lr_schedule, options.learning_rate, options.warmup_proportion, options.max_steps, **extra
-        )
+        return optimization.make_schedule(options.lr_schedule, options.learning_rate, options.warmup_proportion, options.max_steps, **extra)
     except ValueError as error:
         raise ConfigError(f"--lr_schedule {options.lr_schedule}: {error}") from error
 

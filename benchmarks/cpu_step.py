@@ -179,9 +179,7 @@ def print_table(results: dict[str, dict[str, Any]]) -> None:
     for precision, result in results.items():
         for side in SIDES:
             ratio = f"{result['ratio']:.3f}" if side == "berth" else "1"
-            print(
-                f"{precision:<10}{side:<14}{result['min_ms'][side]:>9.1f}{result['median_ms'][side]:>11.1f}{ratio:>8}"
-            )
+            print(f"{precision:<10}{side:<14}{result['min_ms'][side]:>9.1f}{result['median_ms'][side]:>11.1f}{ratio:>8}")
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ The files are written directly, not through ``transformers``, so the export does
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from berth import __version__
 from berth.errors import CheckpointError, ConfigError, DataError
-from berth.export.folder import check_replaceable, export_folder
-from berth.export.layout import checked_sizes, is_padded_size, pretraining_shapes, resize_tied, round_up
+from berth.export.folder import check_replaceable, export_folder, written
+from berth.export.layout import PADDING_MULTIPLES, checked_sizes, is_padded_size, pretraining_shapes, resize_tied, round_up
 from berth.export.match import MatchReport, match_weights
 from berth.export.names import DECODER_WEIGHT, TIED, WORD_EMBEDDINGS
 from berth.export.weights import (
@@ -34,7 +35,7 @@ from berth.export.weights import (
     read_weights,
     with_nvidia_gelu,
 )
-from berth.files import atomic_path, write_json
+from berth.files import write_json
 from berth.text.tokenizer import load_tokenizer
 from berth.text.vocabulary import SPECIAL_TOKENS, Vocabulary
 
@@ -72,32 +73,39 @@ def to_huggingface(
     output_dir: str | Path,
     lowercase: bool | None = None,
     config_file: str | Path | None = None,
+    allow_other_vocabulary: bool = False,
 ) -> Conversion:
     """Write ``model.safetensors``, ``config.json``, ``vocab.txt`` and the tokenizer's files into ``output_dir``.
 
     Args:
-        checkpoint: anything :func:`berth.export.load_weights` reads; of a berth output folder its newest checkpoint.
+        checkpoint: anything :func:`berth.export.load_weights` reads; of a berth output folder its newest good checkpoint.
         vocab_file: the vocabulary the records were made with.
-        lowercase: True for an uncased model, False for a cased one, None to see it in the vocabulary (a cased one has
-            pieces with capital letters).
+        lowercase: True for an uncased model, False for a cased one, None to take what the checkpoint says, or else
+            what the vocabulary shows (a cased one has pieces with capital letters).
         config_file: needed only for weights that come without a config.
+        allow_other_vocabulary: export also when the checkpoint was trained on records of a vocabulary with other bytes.
 
     Raises :class:`CheckpointError` (unreadable, incomplete or non-finite weights), :class:`DataError` (vocabulary),
-    :class:`ConfigError` (no or contradicting config, an ``output_dir`` that is not ours to replace). Nothing is written
+    :class:`ConfigError` (no or contradicting config or case, an ``output_dir`` that is not ours to replace). Nothing is written
     then, and an earlier export in ``output_dir`` stays.
     """
-    folder = Path(output_dir).absolute()
+    folder = Path(output_dir).resolve()
     check_replaceable(folder)
     vocabulary = Vocabulary.load(vocab_file)
     loaded = read_weights(checkpoint)
     config = _config_of(loaded, config_file)
     rows = _embedding_rows(loaded)
     _check_vocabulary(vocabulary, vocab_file, config["vocab_size"], rows)
+    if loaded.vocab_sha256 not in ("", vocabulary.sha256) and not allow_other_vocabulary:
+        raise DataError(
+            f"--vocab_file {vocab_file} is not the vocabulary that {loaded.source} were trained with (its SHA-256 is "
+            f"{vocabulary.sha256[:12]}..., theirs {loaded.vocab_sha256[:12]}...); give that one, or --allow_other_vocabulary"
+        )
+    uncased, reason = _case(lowercase, loaded, vocabulary, vocab_file)
     config = {**config, "vocab_size": vocabulary.size}
     report = _complete(loaded, config)
     _check_finite(report.weights, loaded.source)
-    uncased = _looks_uncased(vocabulary) if lowercase is None else lowercase
-    note = ("uncased" if uncased else "cased") + (", judging by its capital letters" if lowercase is None else "")
+    note = ("uncased" if uncased else "cased") + reason
     architecture = _architecture(report)
     about = {"format": "berth-export", "format_version": 1, "berth_version": __version__, "source": loaded.source}
     with export_folder(folder, about) as temporary:
@@ -119,12 +127,18 @@ def from_huggingface(
     Both names of tied tensors are in ``model`` and share memory. Raises :class:`CheckpointError` for weights that cannot
     be read or do not fill a ``BertForPreTraining`` or ``BertForMaskedLM``, :class:`ConfigError` without a config.
     """
-    if pad_vocab_to_multiple < 1:
-        raise ConfigError(f"--pad_vocab_to_multiple must be at least 1, got {pad_vocab_to_multiple}")
+    if pad_vocab_to_multiple not in (1, *PADDING_MULTIPLES):
+        allowed = ", ".join(map(str, (1, *PADDING_MULTIPLES)))
+        raise ConfigError(f"--pad_vocab_to_multiple must be one of {allowed}, got {pad_vocab_to_multiple}")
     output = Path(output).absolute()
+    if output.suffix.lower() == ".safetensors":
+        raise ConfigError(f"--output {output}: a berth weights file is a .pt file, no safetensors; name a .pt file")
     if output.is_dir():
         raise ConfigError(f"--output {output} is a folder; name the .pt file to write")
     loaded = read_weights(source)
+    for file in (*loaded.files, *([] if config_file is None else [Path(config_file)])):
+        if file.exists() and output.exists() and file.samefile(output):
+            raise ConfigError(f"--output {output} is the input file {file}, which would be overwritten; name another file")
     config = _config_of(loaded, config_file)
     rows = _embedding_rows(loaded)
     real, larger = sorted((config["vocab_size"], rows))
@@ -138,8 +152,8 @@ def from_huggingface(
         "model": resize_tied(report.weights, padded),
         "config": {**config, "vocab_size": real},
     }
-    with atomic_path(output) as temporary:
-        torch.save(payload, temporary)
+    with written(output) as handle:
+        torch.save(payload, handle)
     unused = f"; not used: {', '.join(report.unexpected[:4])}" if report.unexpected else ""
     note = f"{len(report.matched)} tensors{unused}"
     return Conversion(loaded.source, output, _architecture(report), real, padded, note)
@@ -220,15 +234,41 @@ def _architecture(report: MatchReport) -> str:
     return "BertForPreTraining" if _NEXT_SENTENCE in report.weights else "BertForMaskedLM"
 
 
-def _looks_uncased(vocabulary: Vocabulary) -> bool:
-    """No ordinary piece has a capital letter A-Z; the vocabulary of a cased model always has some."""
+def _case(lowercase: bool | None, loaded: Source, vocabulary: Vocabulary, vocab_file: str | Path) -> tuple[bool, str]:
+    """Whether the model is uncased, and what tells: the option, else the checkpoint, else the vocabulary."""
+    if lowercase is not None:
+        if loaded.lowercase is not None and lowercase != loaded.lowercase:
+            option, truth = ("--do_lower_case", "cased") if lowercase else ("--cased", "uncased")
+            raise ConfigError(f"{option} contradicts {loaded.source}, which were trained on {truth} records; leave it out")
+        return lowercase, ""
+    if loaded.lowercase is not None:
+        return loaded.lowercase, ", as its records were"
+    seen = _looks_uncased(vocabulary)
+    if seen is None:
+        raise ConfigError(
+            f"--vocab_file {vocab_file} does not show whether the model is cased; give --cased (accents and vowel signs are kept) "
+            "or --do_lower_case (they are stripped), as the records were made"
+        )
+    return seen, ", judging by its capital letters"
+
+
+def _looks_uncased(vocabulary: Vocabulary) -> bool | None:
+    """False with a capital letter in any script; True with small letters only; None where the pieces do not decide.
+
+    Accents beside small letters only do not decide either: an uncased vocabulary has none, as they are stripped.
+    """
     ordinary = (piece for piece, skip in zip(vocabulary.pieces, vocabulary.is_special_or_unused, strict=True) if not skip)
-    return not any("A" <= letter <= "Z" for piece in ordinary for letter in piece)
+    characters = set().union(*ordinary)
+    if any(character.lower() != character for character in characters):
+        return False
+    accents = any(unicodedata.category(part) == "Mn" for character in characters for part in unicodedata.normalize("NFD", character))
+    return True if not accents and any(character.upper() != character for character in characters) else None
 
 
 def _write_model(folder: Path, weights: Mapping[str, Tensor]) -> None:
     stored = {name: tensor.contiguous() for name, tensor in weights.items() if name not in TIED}
-    safetensors.torch.save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    with written(folder / "model.safetensors") as handle:
+        handle.write(safetensors.torch.save(stored, metadata={"format": "pt"}))
 
 
 def _huggingface_config(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
@@ -239,8 +279,10 @@ def _huggingface_config(config: Mapping[str, Any], architecture: str) -> dict[st
 
 
 def _write_tokenizer(folder: Path, vocabulary: Vocabulary, lowercase: bool, config: Mapping[str, Any]) -> None:
-    (folder / "vocab.txt").write_text("\n".join(vocabulary.pieces) + "\n", encoding="utf-8", newline="\n")
-    load_tokenizer(vocabulary, lowercase).save(str(folder / "tokenizer.json"))
+    with written(folder / "vocab.txt") as handle:
+        handle.write(("\n".join(vocabulary.pieces) + "\n").encode())
+    with written(folder / "tokenizer.json") as handle:
+        handle.write(load_tokenizer(vocabulary, lowercase).to_str(pretty=True).encode())
     special = dict(zip(_SPECIAL_KEYS, SPECIAL_TOKENS, strict=True))
     write_json(folder / "special_tokens_map.json", special)
     settings = {

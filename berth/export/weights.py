@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import pickle
 import zipfile
 from collections.abc import Iterable
@@ -33,6 +34,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG_NAME = "config.json"
 _HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+_SHOWN = 3
+_LOG = logging.getLogger(__name__)
 _WRAPPERS = ("model", "module", "state_dict", "model_state_dict")
 
 
@@ -46,12 +49,31 @@ class LoadedWeights(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """As :class:`LoadedWeights`; ``nvidia``: the tensors had NVIDIA's names."""
+    """As :class:`LoadedWeights`; ``nvidia``: the tensors had NVIDIA's names; ``files``: those that were read.
+
+    ``vocab_sha256`` ('' where unknown) and ``lowercase`` (None where unknown) are of the records a berth checkpoint was
+    trained on.
+    """
 
     weights: dict[str, Tensor]
     config: dict[str, Any] | None
     source: str
     nvidia: bool
+    files: tuple[Path, ...] = ()
+    vocab_sha256: str = ""
+    lowercase: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contents:
+    """Tensors under their own names, and what else a file says."""
+
+    tensors: dict[str, Tensor]
+    kind: str
+    files: tuple[Path, ...]
+    config: dict[str, Any] | None = None
+    vocab_sha256: str = ""
+    lowercase: bool | None = None
 
 
 def load_weights(path: str | Path) -> LoadedWeights:
@@ -71,7 +93,8 @@ def read_weights(path: str | Path) -> Source:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist; give a checkpoint, a weights file or the folder that holds one")
     file = _main_file(path) if path.is_dir() else path
-    raw, config, kind = _read(file)
+    contents = _read(file)
+    raw, config, kind, files = contents.tensors, contents.config, contents.kind, contents.files
     floats = {name: tensor.detach() for name, tensor in raw.items() if tensor.is_floating_point()}
     weights = {name: tensor.to(torch.float32) for name, tensor in canonical_names(floats).items()}
     if not any(name.startswith("bert.encoder.layer.") for name in weights):
@@ -79,11 +102,12 @@ def read_weights(path: str | Path) -> Source:
         raise CheckpointError(f"{file} holds no BERT encoder (it begins with {shown})")
     if config is None and kind != "berth" and (file.parent / CONFIG_NAME).is_file():
         config = read_config(file.parent / CONFIG_NAME)
+        files = (*files, file.parent / CONFIG_NAME)
     nvidia = is_nvidia(raw)
     if nvidia:
         kind = "NVIDIA (its gelu is hidden_act gelu_tanh)"
         config = None if config is None else with_nvidia_gelu(config)
-    return Source(weights, config, f"{kind} weights {file}", nvidia)
+    return Source(weights, config, f"{kind} weights {file}", nvidia, files, contents.vocab_sha256, contents.lowercase)
 
 
 def with_nvidia_gelu(config: dict[str, Any]) -> dict[str, Any]:
@@ -103,21 +127,44 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The last checkpoint in a folder's manifest, its size and checksum verified.
+    """The last good checkpoint in a folder's manifest: its size and checksum are those written, or (unknown) it opens.
 
-    Raises :class:`CheckpointError` when there is none, it is gone, or its bytes are not those that were written.
+    Damaged and missing ones are passed over with a warning in the log. Raises :class:`CheckpointError` when none is good.
     """
     manifest = folder / MANIFEST
     try:
-        entry = read_json(manifest)["checkpoints"][-1]
-        file, digest = folder / str(entry["file"]), entry.get("sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        entries = list(read_json(manifest)["checkpoints"])
+        if not entries:
+            raise IndexError("the list is empty")
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{manifest} lists no checkpoint ({_reason(error)}); give the ckpt_*.pt itself") from error
+    problems = []
+    for entry in reversed(entries):
+        try:
+            file = _checked_entry(folder, entry)
+        except (CheckpointError, OSError) as error:
+            problems.append(_reason(error))
+            continue
+        for problem in problems:
+            _LOG.warning("%s; the older %s is used", problem, file.name)
+        return file
+    raise CheckpointError(f"no checkpoint in {manifest} can be used ({'; '.join(problems[:_SHOWN])}); give a ckpt_*.pt itself")
+
+
+def _checked_entry(folder: Path, entry: Any) -> Path:
+    """The file of a manifest entry; :class:`CheckpointError` unless it is the one that was written."""
+    name = entry.get("file") if isinstance(entry, dict) else None
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"an entry of {folder / MANIFEST} names no file")
+    file, size, digest = folder / name, entry.get("bytes"), entry.get("sha256")
     if not file.is_file():
-        raise CheckpointError(f"{file} is listed in {MANIFEST} but does not exist; give another ckpt_*.pt itself")
-    if digest and sha256_file(file) != digest:
-        raise CheckpointError(f"{file} does not match its checksum in {MANIFEST}: it is truncated or damaged; "
-                              "give an older ckpt_*.pt itself")  # fmt: skip
+        raise CheckpointError(f"{file} is listed in {MANIFEST} but does not exist")
+    if size and digest and file.stat().st_size != size:
+        raise CheckpointError(f"{file} has {file.stat().st_size} bytes, {size} were written: it is truncated or damaged")
+    if not digest:
+        _read_torch(file)  # mapped, so this reads little
+    elif sha256_file(file) != digest:
+        raise CheckpointError(f"{file} does not match its checksum in {MANIFEST}: it is truncated or damaged")
     return file
 
 
@@ -134,29 +181,38 @@ def _main_file(folder: Path) -> Path:
     )
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, str]:
-    """Tensors under their own names, config of a berth file, and the kind of file."""
+def _read(file: Path) -> _Contents:
     if file.name.endswith(".index.json"):
-        return _read_pieces(file), None, "Hugging Face"
+        return _read_pieces(file)
     if file.suffix == ".safetensors":
-        return _read_safetensors(file), None, "Hugging Face"
+        return _Contents(_read_safetensors(file), "Hugging Face", (file,))
     payload = _read_torch(file)
     if isinstance(payload, dict) and payload.get("format") == FORMAT:
-        return *_berth_parts(payload, file), "berth"
+        return _berth_contents(payload, file)
     found = _tensors_in(payload)
     if not found:
         raise CheckpointError(f"{file} holds no tensors by name, neither itself nor under {', '.join(_WRAPPERS)}")
-    return {name: tensor.clone() for name, tensor in found.items()}, None, "PyTorch"
+    return _Contents({name: tensor.clone() for name, tensor in found.items()}, "PyTorch", (file,))
 
 
-def _berth_parts(payload: dict[str, Any], file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _berth_contents(payload: dict[str, Any], file: Path) -> _Contents:
     version = payload.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format version {version!r}, this berth reads {FORMAT_VERSION}")
     model, config = payload.get("model"), payload.get("config")
     if not isinstance(model, dict) or not isinstance(config, dict):
         raise CheckpointError(f"{file} is a berth checkpoint without its model or config; it is damaged")
-    return {name: tensor.clone() for name, tensor in _tensors(model.items()).items()}, config
+    identity = payload.get("identity")
+    digest = identity.get("vocab_sha256") if isinstance(identity, dict) else None
+    case = payload.get("do_lower_case")
+    return _Contents(
+        {name: tensor.clone() for name, tensor in _tensors(model.items()).items()},
+        "berth",
+        (file,),
+        config,
+        vocab_sha256=digest if isinstance(digest, str) else "",
+        lowercase=None if case is None else bool(case),
+    )
 
 
 def _read_torch(file: Path) -> Any:
@@ -190,18 +246,20 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} cannot be read ({_reason(error)}): it is truncated or damaged") from error
 
 
-def _read_pieces(index: Path) -> dict[str, Tensor]:
+def _read_pieces(index: Path) -> _Contents:
     try:
         files = sorted(set(read_json(index)["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is no index of a model in several files ({_reason(error)})") from error
     tensors: dict[str, Tensor] = {}
+    read = [index]
     for name in files:
         piece = index.parent / Path(name).name
         if not piece.is_file():
             raise CheckpointError(f"{piece} is missing; {index.name} lists it")
-        tensors.update(_read(piece)[0])
-    return tensors
+        tensors.update(_read(piece).tensors)
+        read.append(piece)
+    return _Contents(tensors, "Hugging Face", tuple(read))
 
 
 def _tensors_in(payload: Any) -> dict[str, Tensor]:

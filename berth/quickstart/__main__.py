@@ -123,7 +123,9 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
     corpus = Path(arguments.corpus).expanduser().resolve() if arguments.corpus else speeches()
     workdir = Path(arguments.workdir).expanduser().resolve()
     if corpus.is_dir() and (workdir == corpus or corpus in workdir.parents):
-        raise ConfigError(f"the work folder {workdir} lies inside the corpus folder {corpus}, whose .txt files are all read; give another WORKDIR")
+        raise ConfigError(
+            f"the work folder {workdir} lies inside the corpus folder {corpus}, whose .txt files are all read; give another WORKDIR"
+        )
     return Demo(
         corpus=corpus,
         workdir=workdir,

@@ -23,7 +23,6 @@ from typing import Any
 from berth.errors import ConfigError, LaunchError
 from berth.files import FolderLock, read_json, sha256_json, write_json
 
-
 _PR_SET_PDEATHSIG = 1
 
 

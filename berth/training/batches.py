@@ -106,9 +106,7 @@ class BatchPlan:
             rows = rows.take(np.argsort(lengths, kind="stable"))
         cuts = range(0, share, self.micro_batch)
         micro = tuple(to_micro_batch(rows.take(slice(at, at + self.micro_batch))) for at in cuts)
-        return StepBatch(
-            first_sample, micro, share, int(lengths.sum()), sum(len(batch.masked_index) for batch in micro), checksum
-        )
+        return StepBatch(first_sample, micro, share, int(lengths.sum()), sum(len(batch.masked_index) for batch in micro), checksum)
 
 
 def step_batches(stream: SampleStream, plan: BatchPlan, first_sample: int, prefetch: int) -> Iterator[StepBatch]:

@@ -91,9 +91,7 @@ class CheckpointStore:
         Raises :class:`CheckpointError` when another run still holds it after ``LOCK_WAIT_SECONDS``.
         """
         if self.folder.is_dir() and os.access(self.folder, os.W_OK) and not self._lock.acquire(LOCK_WAIT_SECONDS):
-            raise CheckpointError(
-                f"another run is writing to {self.folder}; wait for it or stop it, or choose another --output_dir"
-            )
+            raise CheckpointError(f"another run is writing to {self.folder}; wait for it or stop it, or choose another --output_dir")
 
     @property
     def unusable(self) -> list[str]:
@@ -147,9 +145,7 @@ class CheckpointStore:
             with atomic_open(path, "wb") as handle:
                 writer = _HashingWriter(handle)
                 torch.save(payload, writer)  # type: ignore[arg-type]
-            entry = Entry(
-                path.name, step, phase, phase_step, samples, writer.digest.hexdigest(), writer.size, pinned=final, final=final
-            )
+            entry = Entry(path.name, step, phase, phase_step, samples, writer.digest.hexdigest(), writer.size, pinned=final, final=final)
             self._enter(entry, payload.get("config"))
         except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
             kept = self.entries()
@@ -192,9 +188,7 @@ class CheckpointStore:
             return []
         try:
             names = {field.name for field in dataclasses.fields(Entry)}
-            return [
-                Entry(**{key: value for key, value in item.items() if key in names}) for item in read_json(path)["checkpoints"]
-            ]
+            return [Entry(**{key: value for key, value in item.items() if key in names}) for item in read_json(path)["checkpoints"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s is unreadable (%s); going by the checkpoint files alone", path, error)
             return []
@@ -221,7 +215,9 @@ class CheckpointStore:
         entries = self.entries()
         pinned = [old for old in entries if old.file == name and old.phase != phase]
         if pinned:
-            raise CheckpointError(f"{self.folder / name} is the end of phase {pinned[0].phase} and is not overwritten; choose another --output_dir")
+            raise CheckpointError(
+                f"{self.folder / name} is the end of phase {pinned[0].phase} and is not overwritten; choose another --output_dir"
+            )
         ahead = [old for old in entries if (old.phase, old.step) > (phase, step)]
         names = [*(old.file for old in ahead), *self._damaged]
         if names or any(old.file == name for old in entries):
@@ -257,7 +253,12 @@ class CheckpointStore:
     def _write_manifest(self, entries: list[Entry], config: Any = None) -> None:
         write_json(
             self.folder / MANIFEST,
-            {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config, "checkpoints": [dataclasses.asdict(entry) for entry in entries]},
+            {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "config": config,
+                "checkpoints": [dataclasses.asdict(entry) for entry in entries],
+            },
         )
 
 

@@ -107,7 +107,10 @@ class Communicator:
             )
         try:
             dist.init_process_group(
-                self.backend, rank=place.rank, world_size=place.world_size, timeout=timeout,
+                self.backend,
+                rank=place.rank,
+                world_size=place.world_size,
+                timeout=timeout,
                 device_id=device if self.backend == "nccl" else None,
             )
         except (RuntimeError, ValueError) as error:
@@ -162,7 +165,8 @@ class Communicator:
 def choose_device(requested: str | None, place: Rank) -> torch.device:
     """``cuda:<local_rank>`` where a GPU is there (or demanded), else ``cpu``.
 
-    A process that sees one GPU takes it (a launcher gave it that one). Raises :class:`LaunchError` when ``cuda`` is demanded and absent, or there are fewer GPUs than local ranks.
+    A process that sees one GPU takes it (a launcher gave it that one). Raises :class:`LaunchError` when ``cuda`` is demanded and
+    absent, or there are fewer GPUs than local ranks.
     """
     if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return torch.device("cpu")

@@ -20,7 +20,6 @@ from berth.training.batches import IGNORED, to_micro_batch
 from berth.training.distributed import Communicator
 from berth.training.precision import Precision
 
-
 BASELINE_ROWS = 1 << 16  # rows the baselines are taken from when the evaluation is limited
 
 

@@ -142,11 +142,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_data(group: Any) -> None:
     add = group.add_argument
-    add("--input_dir", required=True, help="folder of training records (*.hdf5, those with 'training' in their name if any has it), or one file")
+    add(
+        "--input_dir",
+        required=True,
+        help="folder of training records (*.hdf5, those with 'training' in their name if any has it), or one file",
+    )
     add("--config_file", required=True, help="BERT configuration, JSON with Hugging Face's keys; vocab_size is padded to a multiple of 8")
-    add("--output_dir", required=True, help="folder for checkpoints, manifest.json and logs; must not hold another run unless it is resumed")
+    add(
+        "--output_dir", required=True, help="folder for checkpoints, manifest.json and logs; must not hold another run unless it is resumed"
+    )
     add("--vocab_file", help="vocabulary the records were made with; checked against the records and the configuration")
-    add("--eval_dir", help="folder of held-out records ('test' in their names), evaluated at the start, every --eval_freq steps and at the end")
+    add(
+        "--eval_dir",
+        help="folder of held-out records ('test' in their names), evaluated at the start, every --eval_freq steps and at the end",
+    )
     add("--max_seq_length", type=int, help="sequence length the records must have; what they have if not given")
     add("--max_predictions_per_seq", type=int, help="predictions a sequence the records must have; what they have if not given")
     add("--objective", choices=("mlm+nsp", "mlm"), default="mlm+nsp", help="masked tokens and next sentence, or masked tokens alone")
@@ -179,9 +188,19 @@ def _add_precision(group: Any) -> None:
     add("--init_loss_scale", type=float, default=2.0**20, help="first dynamic loss scale")
     add("--min_loss_scale", type=float, default=1.0, help="dynamic loss scale never falls below this")
     add("--max_consecutive_skips", type=int, default=50, help="give up after this many steps in a row with a non-finite gradient")
-    add("--allreduce_post_accumulation_fp16", action="store_true", help="send gradients between processes as fp16 (accumulation stays fp32)")
-    add("--checkpoint_activations", action="store_true", help="recompute each layer in the backward pass: less memory, about a third more time")
-    add("--no_dense_sequence_output", action="store_true", help="project every position onto the vocabulary, not only the masked ones (slow)")
+    add(
+        "--allreduce_post_accumulation_fp16", action="store_true", help="send gradients between processes as fp16 (accumulation stays fp32)"
+    )
+    add(
+        "--checkpoint_activations",
+        action="store_true",
+        help="recompute each layer in the backward pass: less memory, about a third more time",
+    )
+    add(
+        "--no_dense_sequence_output",
+        action="store_true",
+        help="project every position onto the vocabulary, not only the masked ones (slow)",
+    )
     add("--no_group_by_length", action="store_true", help="do not sort a step's sequences by length before cutting micro-batches")
 
 
@@ -189,13 +208,24 @@ def _add_resume(group: Any) -> None:
     add = group.add_argument
     add("--phase2", action="store_true", help="this is phase 2: checkpoints count on from the phase-1 end")
     add("--phase1_end_step", type=int, help="step at which phase 1 ended; read from its checkpoint if not given, checked if given")
-    add("--resume_from_checkpoint", action="store_true", help="continue from the newest good checkpoint in --output_dir; with --phase2 and only phase 1 there, enter phase 2; with none there, start")
+    add(
+        "--resume_from_checkpoint",
+        action="store_true",
+        help="continue from the newest good checkpoint in --output_dir; with --phase2 and only phase 1 there, enter phase 2; with none there, start",
+    )
     add("--resume_step", type=int, help="resume from this ckpt_<step>.pt instead of the newest (-1 = newest)")
     add("--resume_phase2", action="store_true", help="demand that a phase 2 checkpoint is there to continue")
-    add("--init_checkpoint", help="start from these weights: berth checkpoint, Hugging Face folder, safetensors or .bin/.pt; not used where a run is resumed")
+    add(
+        "--init_checkpoint",
+        help="start from these weights: berth checkpoint, Hugging Face folder, safetensors or .bin/.pt; not used where a run is resumed",
+    )
     add("--phase2_moments", choices=("keep", "reset"), default="keep", help="optimizer moments on entering phase 2")
     add("--phase2_step", choices=("reset", "continue"), default="reset", help="optimizer step count (bias correction) on entering phase 2")
-    add("--force_resume", action="store_true", help="resume although seed, batch, recipe, data or vocabulary differ; what is overridden is logged")
+    add(
+        "--force_resume",
+        action="store_true",
+        help="resume although seed, batch, recipe, data or vocabulary differ; what is overridden is logged",
+    )
 
 
 def _add_output(group: Any) -> None:
@@ -205,9 +235,19 @@ def _add_output(group: Any) -> None:
     add("--skip_checkpoint", action="store_true", help="write no checkpoint at all (benchmarks)")
     add("--log_freq", type=whole_number, default=1, help="optimizer steps between log records")
     add("--eval_freq", type=int, default=0, help="optimizer steps between evaluations on --eval_dir; 0 = start and end only")
-    add("--eval_samples", type=int, default=0, help="held-out sequences to evaluate, from the front of the first file; 0 = all, which are then held in memory")
+    add(
+        "--eval_samples",
+        type=int,
+        default=0,
+        help="held-out sequences to evaluate, from the front of the first file; 0 = all, which are then held in memory",
+    )
     add("--eval_batch_size", type=int, help="sequences a forward pass in evaluation; the micro batch if not given")
-    add("--json-summary", "--json_summary", dest="json_summary", help="run log, DLLogger JSON lines, appended across restarts (default: <output_dir>/dllogger.json)")
+    add(
+        "--json-summary",
+        "--json_summary",
+        dest="json_summary",
+        help="run log, DLLogger JSON lines, appended across restarts (default: <output_dir>/dllogger.json)",
+    )
     add("--tensorboard_dir", help="folder for TensorBoard, 'none' for none (default: <output_dir>/tensorboard)")
     add("--disable_progress_bar", action="store_true", help="plain log lines even on a terminal")
 

@@ -93,9 +93,7 @@ def decide_start(
     if phase == 2 and entries and init_checkpoint is None:
         return _enter_phase2(entries, output_dir)
     if phase == 2 and init_checkpoint is None:
-        raise CheckpointError(
-            f"--phase2 found no checkpoint in {output_dir}; give the folder that phase 1 wrote, or --init_checkpoint"
-        )
+        raise CheckpointError(f"--phase2 found no checkpoint in {output_dir}; give the folder that phase 1 wrote, or --init_checkpoint")
     if entries and init_checkpoint is not None:
         raise ConfigError(
             f"--init_checkpoint starts phase {phase} anew, but --output_dir {output_dir} holds another phase ({entries[-1].file}); choose another "

@@ -50,9 +50,7 @@ class Meter:
 def configure_logging(is_main: bool, rank: int) -> None:
     """Plain lines with the time on standard error; other ranks speak only of warnings, with their number."""
     form = "%(asctime)s %(message)s" if is_main else f"%(asctime)s [rank {rank}] %(levelname)s %(message)s"
-    logging.basicConfig(
-        level=logging.INFO if is_main else logging.WARNING, format=form, datefmt="%H:%M:%S", stream=sys.stderr, force=True
-    )
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format=form, datefmt="%H:%M:%S", stream=sys.stderr, force=True)
     for noisy in ("torch", "tensorboard"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

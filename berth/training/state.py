@@ -51,9 +51,7 @@ def step_seed(seed: int, phase: int, rank: int, samples: int) -> int:
     return (int(words[0]) << 31) ^ int(words[1])
 
 
-def identity(
-    options: Options, model_config: dict[str, Any], world_size: int, data_fingerprint: str, vocab_sha256: str
-) -> dict[str, Any]:
+def identity(options: Options, model_config: dict[str, Any], world_size: int, data_fingerprint: str, vocab_sha256: str) -> dict[str, Any]:
     """What must be equal for a resumed run to be the same run; plain values, kept in every checkpoint.
 
     World size and accumulation are free as long as their product, the global batch, is the same.
@@ -93,7 +91,9 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], *, same_phase
         detail = "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
         raise CheckpointError(f"{file} belongs to another model ({detail}); use its --config_file")
     if saved.get("objective") != current["objective"]:
-        raise CheckpointError(f"{file} was trained with --objective {saved.get('objective')}, not {current['objective']}; its model has other heads")
+        raise CheckpointError(
+            f"{file} was trained with --objective {saved.get('objective')}, not {current['objective']}; its model has other heads"
+        )
     keys_compared = current.keys() if same_phase else _ACROSS_PHASES
     different = [key for key in keys_compared if saved.get(key) != current[key] and not _unknown(key, saved, current)]
     if not different:

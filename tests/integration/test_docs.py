@@ -41,7 +41,9 @@ HELP: dict[str, str] = {}
 def help_of(script, *words):
     key = " ".join((script, *words))
     if key not in HELP:
-        done = subprocess.run([sys.executable, str(ROOT / script), *words, "--help"], capture_output=True, text=True, env=environment(), timeout=120)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / script), *words, "--help"], capture_output=True, text=True, env=environment(), timeout=120
+        )
         assert done.returncode == 0, done.stderr
         HELP[key] = done.stdout
     return HELP[key]
@@ -89,7 +91,9 @@ def test_the_step_by_step_commands_run_as_written(tmp_path):
     commands = "\n".join(re.findall(r"```bash\n(.*?)```", chapter, re.S)).replace("source .venv/bin/activate\n", "")
     commands = re.sub(r"--max_steps \d+", "--max_steps 3", commands)
     variables = {**environment(), "PATH": f"{sys.exec_prefix}/bin:/usr/bin:/bin"}
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, capture_output=True, text=True, env=variables, timeout=400)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands], cwd=tmp_path, capture_output=True, text=True, env=variables, timeout=400
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert (tmp_path / "work" / "results" / "ckpt_6.pt").exists() and (tmp_path / "work" / "huggingface" / "model.safetensors").exists()
     assert "'score'" in done.stdout

@@ -23,10 +23,19 @@ def write_corpus(path, documents=24, seed=0):
     """Blank-line separated documents of grammatical nonsense."""
     rng = random.Random(seed)
     sentence = lambda: " ".join(rng.choice(part) for part in (SUBJECTS, VERBS, OBJECTS, ENDINGS)).capitalize() + "."  # noqa: E731
-    path.write_text("\n\n".join("\n".join(sentence() for _ in range(rng.randint(30, 60))) for _ in range(documents)) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n\n".join("\n".join(sentence() for _ in range(rng.randint(30, 60))) for _ in range(documents)) + "\n", encoding="utf-8"
+    )
 
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 512, "vocab_size": 1}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 512,
+    "vocab_size": 1,
+}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +135,9 @@ def test_interrupted_it_goes_on(place, finished, tmp_path, phase, step, number):
     assert code == (130 if number == signal.SIGINT else -signal.SIGKILL)
     done = run(place, workdir)
     assert f"== phase {phase}: up to date" not in done.stdout and "== sentences: up to date" in done.stdout
-    expected = {n: (d["average_loss"], d["batch_crc32"]) for n, d in read_steps(finished[0] / "results" / f"phase{phase}" / "dllogger.json").items()}
+    expected = {
+        n: (d["average_loss"], d["batch_crc32"]) for n, d in read_steps(finished[0] / "results" / f"phase{phase}" / "dllogger.json").items()
+    }
     found = {n: (d["average_loss"], d["batch_crc32"]) for n, d in read_steps(log).items()}
     assert found == expected
 
@@ -145,7 +156,12 @@ def test_only_the_driver_is_killed(place, finished, tmp_path):
     """kill -9 of the driver alone: its stage ends with it, a second run waits for that and goes on, losing nothing."""
     workdir = tmp_path / "work"
     process = subprocess.Popen(
-        [*command(place, workdir)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(), cwd=ROOT, start_new_session=True
+        [*command(place, workdir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        cwd=ROOT,
+        start_new_session=True,
     )
     log = workdir / "results" / "phase1" / "dllogger.json"
     end = time.monotonic() + 120

@@ -168,9 +168,7 @@ def test_the_command_line_rules_on_entering_phase2(whole, project):
 def test_phase2_never_starts_over_phase1(whole, project):
     pretrain(project, max_steps=4)
     before = (project / "out" / "ckpt_4.pt").read_bytes()
-    done = pretrain(
-        project, expect=2, max_steps=4, phase2=True, resume_from_checkpoint=True, init_checkpoint=whole / "out" / "ckpt_24.pt"
-    )
+    done = pretrain(project, expect=2, max_steps=4, phase2=True, resume_from_checkpoint=True, init_checkpoint=whole / "out" / "ckpt_24.pt")
     assert "holds another phase" in done.stderr and (project / "out" / "ckpt_4.pt").read_bytes() == before
 
 
@@ -213,11 +211,24 @@ def test_a_short_run_with_rare_logging_says_no_nan(project):
 
 def test_phase2_from_another_folder(whole, project):
     done = pretrain(
-        project, "from_folder", phase2=True, init_checkpoint=whole / "out", max_steps=10, learning_rate=4e-3, steps_this_run=1, phase1_end_step=34
+        project,
+        "from_folder",
+        phase2=True,
+        init_checkpoint=whole / "out",
+        max_steps=10,
+        learning_rate=4e-3,
+        steps_this_run=1,
+        phase1_end_step=34,
     )
     assert (project / "from_folder" / "ckpt_35.pt").exists()  # the newest of the folder is where phase 2 of `whole` ended
     done = pretrain(
-        project, "second", phase2=True, init_checkpoint=whole / "out" / "ckpt_24.pt", max_steps=10, learning_rate=4e-3, resume_from_checkpoint=True
+        project,
+        "second",
+        phase2=True,
+        init_checkpoint=whole / "out" / "ckpt_24.pt",
+        max_steps=10,
+        learning_rate=4e-3,
+        resume_from_checkpoint=True,
     )
     assert "from the weights in" in done.stderr
     assert_same_weights(project / "second" / "ckpt_34.pt", whole / "out" / "ckpt_34.pt")
@@ -267,7 +278,17 @@ def exact(tmp_path_factory):
 @pytest.mark.parametrize(("processes", "batch", "accumulation"), [(2, 12, 1), (2, 12, 4), (3, 8, 2)])
 def test_processes_and_accumulation_give_the_same_run(exact, processes, batch, accumulation):
     output = f"ddp{processes}_{accumulation}"
-    finish(launch(exact, processes, output, max_steps=8, train_batch_size=batch, gradient_accumulation_steps=accumulation, eval_dir=exact / "records"))
+    finish(
+        launch(
+            exact,
+            processes,
+            output,
+            max_steps=8,
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            eval_dir=exact / "records",
+        )
+    )
     one, many = read_steps(exact / "one" / "dllogger.json"), read_steps(exact / output / "dllogger.json")
     for step in one:
         assert many[step]["average_loss"] == pytest.approx(one[step]["average_loss"], abs=5e-6)
@@ -341,7 +362,9 @@ def test_other_modes_run(project):
     pretrain(project, "a", max_steps=3, objective="mlm", precision="bf16", eval_dir=project / "records")
     assert not any("pooler" in name for name in weights(project / "a" / "ckpt_3.pt"))
     pretrain(project, "b", max_steps=3, precision="fp16", optimizer="adamw", lr_schedule="cosine", checkpoint_activations=True)
-    pretrain(project, "c", max_steps=3, no_dense_sequence_output=True, lr_schedule="exponential", skip_checkpoint=True, no_group_by_length=True)
+    pretrain(
+        project, "c", max_steps=3, no_dense_sequence_output=True, lr_schedule="exponential", skip_checkpoint=True, no_group_by_length=True
+    )
     assert not list((project / "c").glob("*.pt"))
 
 

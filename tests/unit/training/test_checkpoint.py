@@ -45,7 +45,12 @@ def test_round_trip(store):
     assert torch.equal(payload["model"]["w"], torch.full((50,), 5.0))
     manifest = json.loads((store.folder / "manifest.json").read_text())
     item = manifest["checkpoints"][0]
-    assert "config" in manifest and item["file"] == "ckpt_5.pt" and item["sha256"] == files.sha256_file(path) and item["bytes"] == path.stat().st_size
+    assert (
+        "config" in manifest
+        and item["file"] == "ckpt_5.pt"
+        and item["sha256"] == files.sha256_file(path)
+        and item["bytes"] == path.stat().st_size
+    )
 
 
 def test_three_newest_stay_over_restarts_and_phase_ends_for_ever(store):
@@ -126,7 +131,12 @@ def test_going_back_sets_the_abandoned_branch_aside(store):
         save(store, step)
     save(store, 7, value=-1)  # resumed from 5 with --resume_step
     assert steps(store) == [5, 7]
-    assert sorted(p.name for p in store.folder.glob("*.pt")) == ["ckpt_5.pt", "ckpt_7.pt", "superseded_1_ckpt_10.pt", "superseded_1_ckpt_15.pt"]
+    assert sorted(p.name for p in store.folder.glob("*.pt")) == [
+        "ckpt_5.pt",
+        "ckpt_7.pt",
+        "superseded_1_ckpt_10.pt",
+        "superseded_1_ckpt_15.pt",
+    ]
 
 
 @pytest.mark.parametrize("kill_at", ["replace", "manifest"])

@@ -14,9 +14,7 @@ OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM
 PMI = {"PMI_RANK": "3", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1"}
 
 
-@pytest.mark.parametrize(
-    ("variables", "source"), [(TORCHRUN, "torchrun"), (SLURM, "Slurm"), (OPEN_MPI, "Open MPI"), (PMI, "MPICH/PMI")]
-)
+@pytest.mark.parametrize(("variables", "source"), [(TORCHRUN, "torchrun"), (SLURM, "Slurm"), (OPEN_MPI, "Open MPI"), (PMI, "MPICH/PMI")])
 def test_each_launcher(variables, source):
     assert discover_rank(variables) == Rank(3, 8, 1, source)
 

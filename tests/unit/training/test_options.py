@@ -50,7 +50,17 @@ def test_all_mistakes_at_once(required):
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("words", [["--max_steps", "10.5"], ["--max_steps", "inf"], ["--max_steps", "many"], ["--unknown", "1"], ["--optimizer", "sgd"], ["--learning_rat", "1"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_steps", "10.5"],
+        ["--max_steps", "inf"],
+        ["--max_steps", "many"],
+        ["--unknown", "1"],
+        ["--optimizer", "sgd"],
+        ["--learning_rat", "1"],
+    ],
+)
 def test_usage_errors(required, words):
     with pytest.raises(ConfigError, match="--help"):
         parse_options([*required, *words])

@@ -40,7 +40,8 @@ def test_state_round_trip_and_static():
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype", "scale"), [("fp32", torch.float32, 1), ("tf32", torch.float32, 1), ("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)]
+    ("name", "dtype", "scale"),
+    [("fp32", torch.float32, 1), ("tf32", torch.float32, 1), ("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)],
 )
 def test_modes(name, dtype, scale):
     precision = make_precision(name, "cpu", loss_scale=0.0, init_loss_scale=1024.0, floor=1.0)

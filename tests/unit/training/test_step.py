@@ -36,7 +36,9 @@ def build(kind=modeling.BertForPreTraining, optimizer="lamb", precision="fp32", 
     schedule = optimization.make_schedule("poly", 1e-2, 0.1, 20)
     mode = make_precision(precision, "cpu", loss_scale, 2.0**10, 1.0)
     step_kind = TrainingStep if kind is modeling.BertForPreTraining else MaskedLmTrainingStep
-    return model, step_kind(model, made, schedule, mode, ALONE, global_norm=optimization.global_norm, clips_itself=optimizer == "lamb", clip_norm=clip)
+    return model, step_kind(
+        model, made, schedule, mode, ALONE, global_norm=optimization.global_norm, clips_itself=optimizer == "lamb", clip_norm=clip
+    )
 
 
 def run(step, stream, micro, accumulation, steps=3):
@@ -73,7 +75,9 @@ def test_the_gradient_is_that_of_the_plain_mean(stream):
     total_mlm, total_nsp = 0.0, 0.0
     for micro in batch.micro_batches:
         out = reference(input_ids=micro.input_ids, attention_mask=micro.attention_mask, token_type_ids=micro.token_type_ids)
-        total_mlm = total_mlm + F.cross_entropy(out.prediction_logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100, reduction="sum")
+        total_mlm = total_mlm + F.cross_entropy(
+            out.prediction_logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         total_nsp = total_nsp + F.cross_entropy(out.seq_relationship_logits, micro.next_sentence_label, reduction="sum")
     (total_mlm / batch.masked + total_nsp / 24).backward()
     for name, parameter in reference.named_parameters():
