@@ -6,12 +6,14 @@ One records file of everything:
 One a shard, several at a time; run again, it continues where it stopped:
     python create_pretraining_data.py --vocab_file vocab.txt --input_file shards/ --output_dir records/ --processes 8
 
+Of a folder with shards (<prefix>_training_<i>.txt, <prefix>_test_<i>.txt) only these are read, otherwise every .txt.
 Input is UTF-8, one sentence a line, blank lines between documents (data/sentences.py, data/shard.py). The same input,
 options and seed give the same bytes whatever --processes is. Phase 2 wants --max_seq_length 512
 --max_predictions_per_seq 80.
 """
 
 import argparse
+import io
 import sys
 import time
 from collections.abc import Iterable
@@ -19,19 +21,29 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError, run_main
-from berth.records.create import Job, Result, made_by_berth, plan_file, plan_folder, run_jobs, strangers
+from berth.records.create import (
+    Job,
+    Result,
+    made_by_berth,
+    plan_file,
+    plan_folder,
+    run_jobs,
+    stop_on_sigterm,
+    strangers,
+)
 from berth.records.options import RecordOptions
 from berth.records.schema import RecordCounts
 from berth.text.options import add_case_options, wants_lowercase
 from berth.text.vocabulary import Vocabulary
 
+MOST_UNKNOWN = 0.05  # share of [UNK] above which something is wrong
+
 
 def parse_arguments() -> argparse.Namespace:
     defaults = RecordOptions()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--vocab_file", required=True, metavar="FILE", help="WordPiece vocab.txt")
     add("--input_file", required=True, metavar="PATH", help="a .txt shard, or a folder searched for *.txt")
@@ -58,6 +70,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def notices(arguments: argparse.Namespace, options: RecordOptions) -> None:
     """Say what the user may not expect."""
+    ignored = select_shards(Path(arguments.input_file))[1]
+    if ignored:
+        print(
+            f"notice: {len(ignored)} .txt file(s) in --input_file that are not shards are left out: "
+            f"{', '.join(path.name for path in ignored[:5])}{' ...' if len(ignored) > 5 else ''}"
+        )
     if arguments.bert_model is not None:
         print(f"notice: --bert_model {arguments.bert_model} has no effect; vocabulary and case options decide")
     if options.wanted_predictions > options.max_predictions_per_seq:
@@ -67,34 +85,30 @@ def notices(arguments: argparse.Namespace, options: RecordOptions) -> None:
         )
 
 
-def plan(arguments: argparse.Namespace, options: RecordOptions) -> list[Job]:
-    """The files to make; checks what is in the way."""
+def plan(arguments: argparse.Namespace, options: RecordOptions) -> tuple[list[Job], list[Path]]:
+    """The files to make and the records to remove when they are made; checks what is in the way."""
     source, vocabulary = Path(arguments.input_file), Path(arguments.vocab_file)
     if arguments.output_file is not None:
         if arguments.processes != 1:
             raise ConfigError("--processes needs --output_dir: one --output_file is made by one process")
-        return [plan_file(source, Path(arguments.output_file), vocabulary, options)]
+        return [plan_file(source, Path(arguments.output_file), vocabulary, options)], []
     folder = Path(arguments.output_dir)
     jobs = plan_folder(source, folder, vocabulary, options)
-    if source.is_dir():
-        clear(folder, jobs, arguments.overwrite)
-    return jobs
+    return jobs, superseded(folder, jobs, arguments.overwrite) if source.is_dir() else []
 
 
-def clear(folder: Path, jobs: list[Job], overwrite: bool) -> None:
-    """Refuse (or with --overwrite remove) records in ``folder`` that do not belong to the input."""
+def superseded(folder: Path, jobs: list[Job], overwrite: bool) -> list[Path]:
+    """Records in ``folder`` that do not belong to the input: refused, with --overwrite to be removed at the end."""
     others = strangers(folder, jobs)
-    if overwrite:
-        for path in filter(made_by_berth, others):
-            path.unlink()
-            print(f"removed {path}: not a shard of --input_file")
-        others = strangers(folder, jobs)
+    removable = list(filter(made_by_berth, others)) if overwrite else []
+    others = [path for path in others if path not in removable]
     if others:
         raise DataError(
             f"{folder} holds records that are not from --input_file: {', '.join(path.name for path in others[:5])}"
             f"{' ...' if len(others) > 5 else ''}; training would mix them in. Use another --output_dir, or --overwrite "
             "to remove those that berth made"
         )
+    return removable
 
 
 def watch(results: Iterable[Result], total: int) -> list[Result]:
@@ -124,11 +138,19 @@ def summarize(results: list[Result], options: RecordOptions, seconds: float) -> 
         f"({counts.forced_random} because nothing followed); "
         f"{counts.empty_sentences} sentences and {counts.empty_documents} documents without a token left out"
     )
+    unknown = counts.unknown_tokens / counts.tokens
+    if unknown > MOST_UNKNOWN:
+        print(
+            f"warning: {100 * unknown:.1f} % of the tokens are [UNK]: the vocabulary does not fit this text; give the --cased or "
+            "--do_lower_case with which --vocab_file was trained, or train a vocabulary on this text (data/vocab.py)"
+        )
     print(f"{len(made)} file(s) made, {len(results) - len(made)} up to date, {seconds:.1f} s, {rate:.1f} MB/s")
 
 
 def main() -> None:
     arguments = parse_arguments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
     options = RecordOptions(
         max_seq_length=arguments.max_seq_length,
         max_predictions_per_seq=arguments.max_predictions_per_seq,
@@ -140,10 +162,14 @@ def main() -> None:
         whole_word_mask=arguments.do_whole_word_mask,
     )
     start = time.perf_counter()
-    notices(arguments, options)
     Vocabulary.load(arguments.vocab_file)
-    jobs = plan(arguments, options)
+    jobs, old = plan(arguments, options)
+    notices(arguments, options)
+    stop_on_sigterm(jobs)
     results = watch(run_jobs(jobs, arguments.processes, arguments.overwrite), len(jobs))
+    for path in old:
+        path.unlink(missing_ok=True)
+        print(f"removed {path}: not a shard of --input_file")
     summarize(results, options, time.perf_counter() - start)
 
 

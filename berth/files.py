@@ -12,7 +12,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic, sleep
 from typing import IO, Any
@@ -20,8 +23,64 @@ from typing import IO, Any
 TEMPORARY_SUFFIX = ".partial"
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+LEFTOVER_SECONDS = 24 * 3600.0  # a temporary file of another host untouched for so long has no writer
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32] or "host"
+
+
+def _temporary_name(path: Path, process: int | None = None) -> Path:
+    """``.<name>.<host>.<pid>.partial``: the writer can be looked up by whoever finds the file later."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid() if process is None else process}{TEMPORARY_SUFFIX}")
+
+
+def discard_temporary(path: str | os.PathLike[str], process: int) -> None:
+    """Delete what ``process`` (of this host, and ended) was writing to become ``path``."""
+    _temporary_name(Path(path), process).unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's process, or no process number at all
+        return True
+    try:  # ended, but nobody asked for its exit code: orphans in containers stay like this
+        return Path(f"/proc/{process}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except (OSError, IndexError):
+        return True
+
+
+def remove_dead_leftovers(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
+    """Delete temporary files in ``folder`` whose final name is ``wanted`` and whose writer is dead; returns their names.
+
+    Dead is a process of this host that does not exist; of another host (or of an unknown writer), no write for a day.
+    """
+    removed = []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        return []
+    for name in names:
+        found = re.fullmatch(r"\.(.+?)(?:\.([A-Za-z0-9-]+))?\.(\d+)" + re.escape(TEMPORARY_SUFFIX), name, re.DOTALL)
+        if found is None:
+            continue
+        final, host, process = found.groups()
+        known = wanted(final)
+        if not known and host is not None:  # ".<name with a dot>.<pid>.partial" of an older version
+            final, host = f"{final}.{host}", None
+            known = wanted(final)
+        if not known:
+            continue
+        path = Path(folder) / name
+        with contextlib.suppress(OSError):
+            dead = not _alive(int(process)) if host == _host() else time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+            if dead:
+                path.unlink()
+                removed.append(name)
+    return removed
 
 
 def fsync_directory(path: Path) -> None:
@@ -42,11 +101,13 @@ def fsync_directory(path: Path) -> None:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path next to ``path``; on success fsync and rename it there, on any error remove it.
 
-    For writers that open the file themselves (h5py). Parent folders are made. Raises whatever the body or the
-    file system raises (``OSError`` on a full disk); ``path`` then still holds what it held before.
+    For writers that open the file themselves (h5py). Parent folders are made, temporary files that a killed writer of
+    ``path`` left are removed. Raises whatever the body or the file system raises (``OSError`` on a full disk, with ``path``
+    as its file name); ``path`` then still holds what it held before.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead_leftovers(final.parent, lambda name: name == final.name)
     temporary = _temporary_name(final)
     try:
         yield temporary
@@ -54,7 +115,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, final)
         fsync_directory(final.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename in (None, str(temporary), temporary):
+            error.filename = str(final)
         temporary.unlink(missing_ok=True)
         raise
 

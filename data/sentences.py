@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from berth.corpus.documents import DOCUMENT_RULES
 from berth.corpus.sentences import make_sentences
 from berth.errors import run_main
+from berth.text.lines import check_output
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--input", required=True, metavar="PATH", help="a .txt file, or a folder searched for *.txt")
     parser.add_argument("--output", required=True, metavar="FILE", help="the sentences file to write")
     parser.add_argument(
@@ -38,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     start = time.perf_counter()
+    check_output("--output", arguments.output, [arguments.input])
     counts = make_sentences(arguments.input, arguments.output, arguments.documents)
     print(
         f"{arguments.output}: {counts.sentences} sentences in {counts.documents} documents from {counts.files} file(s), "

@@ -2,7 +2,8 @@
 """sentences.txt to shards: <prefix>_training_<i>.txt and <prefix>_test_<i>.txt of about equal size.
 
 Documents stay whole, each shard gets at least two. Memory does not grow with the text. Shards of the same prefix left in
-the folder by an earlier run are replaced.
+the folder by an earlier run are replaced; a folder with shards of another prefix is refused. Lines of the input end in LF or
+CRLF, as data/sentences.py writes them.
 
     python data/shard.py --input work/sentences.txt --output_dir work/shards --prefix text \\
         --n_training_shards 8 --n_test_shards 1 --fraction_test_set 0.1 --seed 12345
@@ -19,9 +20,7 @@ from berth.errors import run_main
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", required=True, metavar="FILE", help="sentences file made by data/sentences.py")
     add("--output_dir", required=True, metavar="DIR", help="folder for the shards; made when missing")

@@ -16,14 +16,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from berth.errors import ConfigError, DataError, run_main
 from berth.files import read_json, write_json
+from berth.text.lines import check_output
 from berth.text.options import add_case_options, wants_lowercase
 from berth.text.training import ALPHABET_LIMIT, MIN_FREQUENCY, VocabularyCounts, train_wordpiece
 
+MOST_UNKNOWN = 0.01  # share of words that become [UNK] above which the alphabet is too small
+
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
     add("--input", required=True, nargs="+", metavar="FILE", help="UTF-8 text files: sentences file or shards")
     add("--vocab_size", required=True, type=int, metavar="N", help="at most so many pieces, special tokens included")
@@ -66,6 +67,11 @@ def report(output: str, counts: VocabularyCounts) -> None:
         f"{counts.distinct_characters} distinct characters, from {counts.words} words ({counts.distinct_words} "
         f"distinct); {100 * counts.unk_share:.4f} % of words become [UNK]"
     )
+    if counts.alphabet < counts.distinct_characters and counts.unk_share > MOST_UNKNOWN:
+        print(
+            f"notice: {counts.distinct_characters - counts.alphabet} characters were left out of the alphabet and "
+            f"{100 * counts.unk_share:.1f} % of words become [UNK]; raise --limit_alphabet (and --vocab_size with it)"
+        )
     if counts.size < counts.requested_size:
         print("notice: the text has no more pairs to merge; more text or a lower --min_frequency gives more pieces")
 
@@ -74,6 +80,9 @@ def main() -> None:
     arguments = parse_arguments()
     if (arguments.bert_config is None) != (arguments.output_config is None):
         raise ConfigError("--bert_config and --output_config go together: give both or neither")
+    check_output("--output", arguments.output, [*arguments.input, *filter(None, [arguments.bert_config])])
+    if arguments.output_config:
+        check_output("--output_config", arguments.output_config, [*arguments.input, arguments.bert_config, arguments.output])
     config = read_config(arguments.bert_config) if arguments.bert_config else None
     counts = train_wordpiece(
         arguments.input,

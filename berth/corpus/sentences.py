@@ -79,9 +79,7 @@ def write_sentences(documents: Documents, output: str | Path) -> SentenceCounts:
             handle.write(("\n" if number else "") + "\n".join(lines) + "\n")
     seen = documents.counts
     assert seen is not None and seen.characters == characters, "the sentence splitter lost text"
-    return SentenceCounts(
-        seen.files, seen.documents, seen.empty_documents, seen.paragraphs, sentences, characters
-    )
+    return SentenceCounts(seen.files, seen.documents, seen.empty_documents, seen.paragraphs, sentences, characters)
 
 
 def make_sentences(path: str | Path, output: str | Path, documents: str = "auto") -> SentenceCounts:

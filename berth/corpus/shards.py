@@ -8,8 +8,9 @@ bytes a document), the second copies. Documents stay whole. The test set is a ra
 the asked share of the bytes; then the largest document goes to the least filled shard, and so on. Every shard gets at
 least two documents: a random next sentence must come from another document of the same shard.
 
-All shards appear together: they are written under temporary names, renamed when every one is complete, and shards of the
-same prefix left by an earlier run with other numbers are removed after that, never mixed in.
+All shards appear together: they are written under temporary names and synced; only then the manifest
+(:mod:`berth.corpus.shardset`) is marked incomplete, shards of an earlier run are removed, the new ones renamed and the
+manifest completed. A run killed in between leaves a folder that is refused until sharding is run again.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import heapq
+import os
 import re
 from array import array
 from pathlib import Path
@@ -25,8 +27,9 @@ from typing import IO
 import numpy as np
 from numpy.typing import NDArray
 
+from berth.corpus.shardset import shard_prefix, write_manifest
 from berth.errors import ConfigError, DataError
-from berth.files import atomic_path, fsync_directory
+from berth.files import atomic_path, fsync_directory, remove_dead_leftovers
 from berth.text.lines import invalid_utf8
 
 MIN_DOCUMENTS = 2  # a shard: fewer, and no random next sentence exists
@@ -152,12 +155,16 @@ def plan_shards(
     if training < 1 or test < 0:
         raise ConfigError(f"--n_training_shards {training} must be at least 1 and --n_test_shards {test} at least 0")
     if not 0 <= fraction_test_set < 1 or (test > 0 and fraction_test_set == 0):
-        raise ConfigError(
-            f"--fraction_test_set {fraction_test_set} must be above 0 and below 1; for no test set use --n_test_shards 0"
-        )
+        raise ConfigError(f"--fraction_test_set {fraction_test_set} must be above 0 and below 1; for no test set use --n_test_shards 0")
     if seed < 0:
         raise ConfigError(f"--seed {seed} must not be negative")
     count = len(sizes)
+    if count == 1 and training + test:
+        raise DataError(
+            "the text is one single document, and each shard needs at least two. Blank lines part documents: put them into the "
+            "sentences file, or make it again by data/sentences.py from a folder (one document a file) or with --documents "
+            "blank_line"
+        )
     if count < MIN_DOCUMENTS * (training + test):
         raise DataError(
             f"{count} documents are too few for {training} training and {test} test shards: each needs at least "
@@ -195,8 +202,7 @@ def _copy_shard(source: IO[bytes], target: IO[bytes], index: DocumentIndex, docu
 
 def _remove_stale(folder: Path, prefix: str, keep: set[str]) -> int:
     """Delete shards of ``prefix`` in ``folder`` that are not in ``keep``; returns how many."""
-    pattern = re.compile(re.escape(prefix) + r"_(training|test)_\d+\.txt")
-    stale = [path for path in folder.iterdir() if pattern.fullmatch(path.name) and path.name not in keep]
+    stale = [path for path in folder.iterdir() if shard_prefix(path.name) == prefix and path.name not in keep]
     for path in stale:
         path.unlink()
     if stale:
@@ -217,7 +223,7 @@ def make_shards(
 
     Raises:
         ConfigError: numbers or prefix are wrong, or the input is itself a shard name of this run.
-        DataError: input missing, not UTF-8, empty, or with too few documents.
+        DataError: input missing, not UTF-8, empty, or with too few documents; the folder holds shards of another prefix.
         OSError: the folder cannot be written; the shards then are what they were before.
     """
     source, folder = Path(sentences), Path(output_dir)
@@ -233,13 +239,26 @@ def make_shards(
     names = {name for name, _ in named}
     if source.resolve().parent == folder.resolve() and source.name.startswith(prefix + "_"):
         raise ConfigError(f"--input {source} looks like a shard of this output; use another --prefix or --output_dir")
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.iterdir() if shard_prefix(path.name) not in (None, prefix))
+        if others:
+            raise DataError(
+                f"{folder} holds shards of another prefix ({others[0]}); training would mix them in: use another "
+                "--output_dir, or move them away"
+            )
+    remove_dead_leftovers(folder, lambda name: shard_prefix(name) == prefix)
+    written: list[int] = []
     with contextlib.ExitStack() as renames, open(source, "rb") as handle:
-        written = []
         for name, documents in named:
             temporary = renames.enter_context(atomic_path(folder / name))
             with open(temporary, "wb") as target:
                 written.append(_copy_shard(handle, target, index, documents))
-    stale = _remove_stale(folder, prefix, names)
+                target.flush()
+                os.fsync(target.fileno())
+        write_manifest(folder, prefix, None)
+        stale = _remove_stale(folder, prefix, names)
+    sizes = {name: {"bytes": size, "documents": len(documents)} for (name, documents), size in zip(named, written, strict=True)}
+    write_manifest(folder, prefix, sizes)
     return ShardCounts(
         documents=len(index.sizes),
         sentences=int(index.sentences.sum()),

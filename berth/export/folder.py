@@ -108,7 +108,8 @@ def export_folder(folder: Path, about: dict[str, Any]) -> Iterator[Path]:
 def _publish(temporary: Path, folder: Path, names: list[str]) -> None:
     """Move the files into place. :data:`UNFINISHED` is there before the first moves, :data:`MARKER` after the last."""
     earlier = _own_files(folder) - {MARKER, UNFINISHED}
-    write_json(folder / UNFINISHED, {"files": sorted(earlier.union(names))})
+    write_json(temporary / UNFINISHED, {"files": sorted(earlier.union(names))})
+    os.replace(temporary / UNFINISHED, folder / UNFINISHED)
     (folder / MARKER).unlink(missing_ok=True)
     fsync_directory(folder)
     for name in names:

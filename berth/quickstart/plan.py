@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from berth.errors import ConfigError, DataError
 from berth.files import sha256_file, sha256_json
 from berth.quickstart.stages import Stage
 from berth.records import records_folder_name
+from berth.text.lines import text_files
 
 ROOT = Path(berth.__file__).resolve().parent.parent
 PREFIX = "corpus"
@@ -104,10 +106,7 @@ def corpus_digest(corpus: Path) -> str:
     """
     if not corpus.exists():
         raise DataError(f"the corpus {corpus} does not exist; CORPUS is a text file or a folder of .txt files")
-    files = sorted(corpus.rglob("*.txt")) if corpus.is_dir() else [corpus]
-    if not files:
-        raise DataError(f"the corpus folder {corpus} holds no .txt file")
-    return sha256_json([[str(file.relative_to(corpus)) if corpus.is_dir() else "", sha256_file(file)] for file in files])
+    return sha256_json([[os.path.relpath(file, corpus), sha256_file(file)] for file in text_files(corpus)])
 
 
 def script(name: str, *arguments: object) -> tuple[str, ...]:

@@ -45,7 +45,8 @@ def fold(keys: Keys, values: ArrayLike) -> Keys:
 
 def shard_key(seed: int, shard: str) -> Keys:
     """The key, uint64 [1], of a shard: from the seed and the shard's file name, not its folder."""
-    digest = hashlib.sha256(f"{seed}\n{shard}".encode()).digest()
+    # A name that is not UTF-8 arrives as surrogates; back to its bytes. The same key in every locale.
+    digest = hashlib.sha256(f"{seed}\n{shard}".encode("utf-8", "surrogateescape")).digest()
     return np.frombuffer(digest[:8], "<u8").astype(np.uint64)
 
 

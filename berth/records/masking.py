@@ -139,9 +139,7 @@ class RowMaker:
         following[:, :-1] = np.where(edge, self.positions, length)[:, 1:]
         return np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
 
-    def _ascending(
-        self, positions: NDArray[np.int64], chosen: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _ascending(self, positions: NDArray[np.int64], chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Chosen positions first and ascending, 0 behind them."""
         length = self.options.max_seq_length
         positions = np.where(chosen, positions, length)

@@ -149,9 +149,7 @@ def _split(text: TokenText, starts: Ints, stops: Ints, keys: draws.Keys, longest
     return np.where(inside > 0, edges[chosen], np.where(piece, starts + (stops - starts) // 2, stops))
 
 
-def _random_segments(
-    text: TokenText, lanes: _Lanes, keys: draws.Keys, room: Ints, longest: int
-) -> tuple[Ints, Ints]:
+def _random_segments(text: TokenText, lanes: _Lanes, keys: draws.Keys, room: Ints, longest: int) -> tuple[Ints, Ints]:
     """For every lane sentences of another document, from a random one on, that fill ``room`` tokens (at least one)."""
     others = draws.below(keys, draws.RANDOM_DOCUMENT, text.documents - 1)
     others += others >= lanes.documents

@@ -27,9 +27,7 @@ Attribute = str | int | float | bool
 class RecordsWriter:
     """Appends blocks of rows to the datasets of an open file. Made by :func:`open_records`."""
 
-    def __init__(
-        self, file: h5py.File, disk: _DiskFile, rows: int, max_seq_length: int, max_predictions_per_seq: int
-    ) -> None:
+    def __init__(self, file: h5py.File, disk: _DiskFile, rows: int, max_seq_length: int, max_predictions_per_seq: int) -> None:
         self.file, self.disk, self.rows, self.written = file, disk, rows, 0
         widths = {"L": (max_seq_length,), "P": (max_predictions_per_seq,), "": ()}
         for name, (dtype, width) in DATASETS.items():
@@ -121,9 +119,7 @@ class _DiskFile(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_records(
-    path: Path, rows: int, max_seq_length: int, max_predictions_per_seq: int
-) -> Iterator[RecordsWriter]:
+def open_records(path: Path, rows: int, max_seq_length: int, max_predictions_per_seq: int) -> Iterator[RecordsWriter]:
     """Open ``path`` for ``rows`` rows; it appears under its name when the block ends without error and all are written.
 
     Raises ``OSError`` when the disk is full or the folder not writable; ``path`` then holds what it held before.

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import codecs
 import io
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from berth.errors import DataError
+from berth.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
 
@@ -71,19 +72,72 @@ def read_lines(path: Path) -> Iterator[str]:
         yield from lines
 
 
+def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
+    """Every folder at or below ``root`` with its entries, each folder once: links to folders are followed, after the rest.
+
+    Names that start with a dot are left out. Raises :class:`DataError` for a folder that cannot be read.
+    """
+    seen: set[tuple[int, int]] = set()
+    folders, links = [root], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as found:
+                entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+            for entry in entries:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(folder / entry.name)
+        except OSError as error:
+            raise DataError(f"{folder}: this folder cannot be read: {error.strerror or error}") from error
+        yield folder, entries
+
+
 def text_files(path: Path) -> list[Path]:
     """The text files of ``path``: itself, or every ``*.txt`` below a folder sorted by relative path.
 
-    Names that start with a dot are left out (temporary files, macOS resource forks). Raises :class:`DataError` when the
-    path is missing or holds no text file.
+    Links to folders are followed, each folder is read once. Names that start with a dot are left out (temporary files,
+    macOS resource forks). Raises :class:`DataError` when the path is missing, a folder below it cannot be read, a ``.txt``
+    is a link to nothing, or there is no text file.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: no such file or folder")
-    relative = [found.relative_to(path) for found in path.rglob("*") if found.suffix.lower() == ".txt"]
-    kept = [name for name in relative if not any(part.startswith(".") for part in name.parts)]
-    files = [path / name for name in sorted(kept, key=lambda name: name.as_posix()) if (path / name).is_file()]
+    relative = []
+    for folder, entries in _walk(path):
+        for entry in entries:
+            if Path(entry.name).suffix.lower() != ".txt" or entry.is_dir():
+                continue
+            if not entry.is_file():
+                raise DataError(f"{folder / entry.name}: not a file, or a link to a file that does not exist; remove it")
+            relative.append((folder / entry.name).relative_to(path))
+    files = [path / name for name in sorted(relative, key=lambda name: name.as_posix())]
     if not files:
         raise DataError(f"{path}: no .txt file in this folder or below; put the text there as UTF-8 .txt files")
     return files
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def check_output(option: str, output: str | Path, inputs: Iterable[str | Path]) -> None:
+    """Raise :class:`ConfigError` when ``output`` (of ``option``) is one of ``inputs``, or a ``.txt`` in an input folder.
+
+    The first would replace the input, the second would be read as text by the next run.
+    """
+    target = Path(output)
+    for source in map(Path, inputs):
+        if not source.is_dir():
+            if _same(target, source):
+                raise ConfigError(f"{option} {output} is also an input and would be overwritten; choose another name")
+        elif target.suffix.lower() == ".txt" and not target.name.startswith("."):
+            parents = {parent.resolve() for parent in target.resolve().parents}
+            if any(folder.resolve() in parents for folder, _ in _walk(source)):
+                raise ConfigError(
+                    f"{option} {output} lies in the input folder {source}: the next run would read it as text; put it elsewhere"
+                )

@@ -22,9 +22,7 @@ _CONTROLS_THAT_SPLIT = re.compile("[\x0b\x0c\x1c-\x1f\x85]")
 
 def bert_normalizer(lowercase: bool) -> normalizers.Normalizer:
     """BERT's text cleaning: control characters out, CJK apart; lower case and accents off together, or neither."""
-    return normalizers.BertNormalizer(
-        clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase
-    )
+    return normalizers.BertNormalizer(clean_text=True, handle_chinese_chars=True, strip_accents=lowercase, lowercase=lowercase)
 
 
 def load_tokenizer(vocabulary: Vocabulary, lowercase: bool, special_tokens: bool = True) -> Tokenizer:
@@ -49,9 +47,7 @@ def load_tokenizer(vocabulary: Vocabulary, lowercase: bool, special_tokens: bool
     tokenizer.decoder = decoders.WordPiece(prefix=CONTINUATION)
     if special_tokens:
         tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-        tokenizer.post_processor = processors.BertProcessing(
-            ("[SEP]", vocabulary.sep_id), ("[CLS]", vocabulary.cls_id)
-        )
+        tokenizer.post_processor = processors.BertProcessing(("[SEP]", vocabulary.sep_id), ("[CLS]", vocabulary.cls_id))
     return tokenizer
 
 

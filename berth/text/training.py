@@ -103,9 +103,7 @@ def _training_batches(words: Counter[str], alphabet: set[str]) -> Iterator[str]:
         yield " ".join(batch)
 
 
-def _learn_merges(
-    words: Counter[str], alphabet: set[str], initial: list[str], vocab_size: int, min_frequency: int
-) -> list[str]:
+def _learn_merges(words: Counter[str], alphabet: set[str], initial: list[str], vocab_size: int, min_frequency: int) -> list[str]:
     """``initial`` and the pieces merged from it, in id order: at most ``vocab_size``."""
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -156,8 +154,7 @@ def train_wordpiece(
     """
     if vocab_size < 1 or min_frequency < 1 or alphabet_limit < 1:
         raise ConfigError(
-            f"--vocab_size {vocab_size}, --min_frequency {min_frequency} and --limit_alphabet {alphabet_limit} "
-            "must be at least 1"
+            f"--vocab_size {vocab_size}, --min_frequency {min_frequency} and --limit_alphabet {alphabet_limit} must be at least 1"
         )
     words = count_words([Path(file) for file in files], lowercase)
     alphabet, distinct = choose_alphabet(words, alphabet_limit)

@@ -1,5 +1,7 @@
 """convert_checkpoint.py against the real transformers: names, vocabulary, logits, tokenizer and the fill-mask pipeline."""
 
+import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -11,8 +13,8 @@ import torch
 
 import convert_checkpoint
 from berth.errors import CheckpointError, ConfigError, DataError
-from berth.export import load_weights, match_weights
-from berth.export.layout import resize_tied
+from berth.export import huggingface, load_weights, match_weights
+from berth.export.layout import PADDING_MULTIPLES, resize_tied
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("modeling")
@@ -275,8 +277,13 @@ def test_wrong_options_are_refused(tmp_path):
             to_huggingface(checkpoint, vocabulary, tmp_path / "out", "--config_file", file)
     tiny_model().save_pretrained(tmp_path / "theirs")
     pad = ["from_huggingface", "--input", tmp_path / "theirs", "--pad_vocab_to_multiple"]
-    with pytest.raises(ConfigError, match="--pad_vocab_to_multiple must be at least 1, got 0"):
-        convert(*pad, 0, "--output", tmp_path / "init.pt")
+    for multiple in (0, 7, 24, 256):  # the export would not know the padding from another vocabulary
+        with pytest.raises(SystemExit) as caught:
+            convert(*pad, multiple, "--output", tmp_path / "init.pt")
+        assert caught.value.code == 2
+    with pytest.raises(ConfigError, match="--pad_vocab_to_multiple must be one of 1, 8, 16, 32, 64, 128, got 7"):
+        huggingface.from_huggingface(tmp_path / "theirs", tmp_path / "init.pt", pad_vocab_to_multiple=7)
+    assert (1, *PADDING_MULTIPLES) == convert_checkpoint.PADDING
     with pytest.raises(ConfigError, match=r"is a folder; name the \.pt file"):
         convert(*pad, 8, "--output", tmp_path)
     (tmp_path / "theirs" / "config.json").write_text(json.dumps({**SIZES, "vocab_size": 25}))
@@ -304,3 +311,113 @@ def test_the_command_line(tmp_path):
     assert bad.returncode == 1 and bad.stderr.startswith("error: absent.pt does not exist")
     assert run("to_huggingface").returncode == 2 and run("--help").returncode == 0
     assert run(*arguments, "x", "--cased", "--do_lower_case").returncode == 2
+
+
+def test_another_vocabulary_of_the_same_size(tmp_path):
+    vocabulary = write_vocabulary(tmp_path)
+    digest = hashlib.sha256(vocabulary.read_bytes()).hexdigest()
+    for identity in ({"vocab_sha256": digest}, {"vocab_sha256": ""}, {}, None):
+        to_huggingface(berth_checkpoint(tmp_path / "ckpt_5.pt", identity=identity), vocabulary, tmp_path / "out")
+    vocabulary = write_vocabulary(tmp_path, [*SPECIALS, *reversed(UNCASED[5:])])
+    checkpoint = berth_checkpoint(tmp_path / "ckpt_5.pt", identity={"vocab_sha256": digest})
+    with pytest.raises(DataError, match=r"source_vocab\.txt is not the vocabulary that .*ckpt_5\.pt were trained with"):
+        to_huggingface(checkpoint, vocabulary, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    to_huggingface(checkpoint, vocabulary, tmp_path / "new", "--allow_other_vocabulary")
+
+
+CYRILLIC = [*SPECIALS, *"абвгдежзик", *(f"##{letter}" for letter in "абвгдежзик"), "мой", "мои", "Мой", ",", "."]
+HINDI = [*SPECIALS, *"कखगघचछजझटठ", *(f"##{letter}" for letter in "कखगघचछजझटठ"), "हिन्दी", "हनद", "।", ",", "."]
+ACCENTED = [*SPECIALS, *"abcdefghij", *(f"##{letter}" for letter in "abcdefghij"), "úszó", "uszo", ".", ",", "中"]
+
+
+def exported_tokens(folder, text):
+    return transformers.AutoTokenizer.from_pretrained(folder).tokenize(text)
+
+
+def test_the_case_of_other_scripts(tmp_path):
+    checkpoint = berth_checkpoint(tmp_path / "ckpt_5.pt")
+    to_huggingface(checkpoint, write_vocabulary(tmp_path, CYRILLIC), tmp_path / "out")
+    assert exported_tokens(tmp_path / "out", "Мой мой") == ["Мой", "мой"]
+    small = [{"Мой": "же", "мой": "не"}.get(piece, piece) for piece in CYRILLIC]
+    to_huggingface(checkpoint, write_vocabulary(tmp_path, small), tmp_path / "out")
+    assert exported_tokens(tmp_path / "out", "Мои мой") == ["мои", "мои"]
+    for pieces in (HINDI, ACCENTED):
+        vocabulary = write_vocabulary(tmp_path, pieces)
+        with pytest.raises(ConfigError, match=r"does not show whether the model is cased; give --cased .* or --do_lower_case"):
+            to_huggingface(checkpoint, vocabulary, tmp_path / "other")
+    vocabulary = write_vocabulary(tmp_path, HINDI)
+    to_huggingface(checkpoint, vocabulary, tmp_path / "out", "--cased")
+    assert exported_tokens(tmp_path / "out", "हिन्दी।") == ["हिन्दी", "।"]
+    to_huggingface(berth_checkpoint(tmp_path / "ckpt_6.pt", do_lower_case=False), vocabulary, tmp_path / "out")
+    assert exported_tokens(tmp_path / "out", "हिन्दी।") == ["हिन्दी", "।"]
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("known,agrees,contradicts", [(True, "--do_lower_case", "--cased"), (False, "--cased", "--do_lower_case")])
+def test_the_checkpoint_knows_its_case(tmp_path, known, agrees, contradicts):
+    checkpoint, vocabulary = berth_checkpoint(tmp_path / "ckpt_5.pt", do_lower_case=known), write_vocabulary(tmp_path)
+    for option in ([], [agrees]):
+        to_huggingface(checkpoint, vocabulary, tmp_path / "out", *option)
+        assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["do_lower_case"] is known
+    with pytest.raises(ConfigError, match=rf"{contradicts} contradicts .*ckpt_5\.pt") as caught:
+        to_huggingface(checkpoint, vocabulary, tmp_path / "out", contradicts)
+    assert caught.value.exit_code == 2
+    unknown = berth_checkpoint(tmp_path / "ckpt_6.pt", do_lower_case=None)
+    to_huggingface(unknown, vocabulary, tmp_path / "out", contradicts)
+
+
+def test_the_input_is_never_overwritten(tmp_path):
+    theirs = tmp_path / "theirs"
+    tiny_model().save_pretrained(theirs)
+    torch.save(tiny_model().state_dict(), theirs / "pytorch_model.bin")
+    (tmp_path / "link.pt").symlink_to(theirs / "pytorch_model.bin")
+    before = {path: path.read_bytes() for path in theirs.iterdir()}
+    for source, output, message in [
+        (theirs, theirs / "config.json", "is the input file"),
+        (theirs / "pytorch_model.bin", theirs / "pytorch_model.bin", "is the input file"),
+        (theirs / "pytorch_model.bin", tmp_path / "link.pt", "is the input file"),
+        (theirs, theirs / "model.safetensors", r"name a \.pt file"),
+        (theirs, tmp_path / "new.safetensors", r"name a \.pt file"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            convert("from_huggingface", "--input", source, "--output", output)
+    assert {path: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0\nmore")])
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    checkpoint, vocabulary = berth_checkpoint(tmp_path / "ckpt_5.pt"), write_vocabulary(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "theirs")
+    before = sorted(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(CheckpointError, match=r"init\.pt cannot be written: (No space|unexpected pos 64 vs 0$)"):
+            convert("from_huggingface", "--input", tmp_path / "theirs", "--output", tmp_path / "init.pt")
+    for place in ("safetensors.torch.save", "load_tokenizer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"berth.export.huggingface.{place}", full)
+            with pytest.raises(CheckpointError, match=r"(model\.safetensors|tokenizer\.json) cannot be written"):
+                to_huggingface(checkpoint, vocabulary, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_really_full_disk(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root and the right to mount a tmpfs")
+    try:
+        checkpoint, vocabulary = berth_checkpoint(tmp_path / "ckpt_5.pt"), write_vocabulary(tmp_path)
+        tiny_model().save_pretrained(tmp_path / "theirs")
+        with pytest.raises(CheckpointError, match=r"init\.pt cannot be written"):
+            convert("from_huggingface", "--input", tmp_path / "theirs", "--output", small / "init.pt")
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            to_huggingface(checkpoint, vocabulary, small)
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)

@@ -3,8 +3,11 @@
 import hashlib
 import os
 import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -51,9 +54,7 @@ def work(tmp_path_factory) -> Path:
         "--n_training_shards", 3, "--n_test_shards", 1, "--fraction_test_set", 0.2, "--seed", 1, cwd=folder,
     )  # fmt: skip
     succeed("data/vocab.py", "--input", "sentences.txt", "--vocab_size", 300, "--output", "vocab.txt", cwd=folder)
-    succeed(
-        "data/vocab.py", "--input", "sentences.txt", "--vocab_size", 300, "--cased", "--output", "cased.txt", cwd=folder
-    )
+    succeed("data/vocab.py", "--input", "sentences.txt", "--vocab_size", 300, "--cased", "--output", "cased.txt", cwd=folder)
     return folder
 
 
@@ -119,6 +120,96 @@ def test_records_of_other_shards_are_refused_or_removed(work):
     assert done.returncode == 1 and "text_training_7.hdf5" in done.stderr and "--overwrite" in done.stderr
     said = succeed("create_pretraining_data.py", *arguments, "--overwrite", cwd=work)
     assert not stale.exists() and "4 file(s) made" in said
+
+
+def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(work, tmp_path):
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    arguments = ("--vocab_file", work / "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "out")
+    succeed("create_pretraining_data.py", *arguments, cwd=tmp_path)
+    (tmp_path / "shards" / "text_shards.json").unlink()
+    (tmp_path / "shards" / "text_training_2.txt").unlink()
+    (tmp_path / "shards" / "text_training_1.txt").write_bytes(b"caf\xe9\n")
+    done = run("create_pretraining_data.py", *arguments, "--overwrite", cwd=tmp_path)
+    assert done.returncode == 1 and "not UTF-8" in done.stderr
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+def test_other_options_do_not_replace_finished_records(work):
+    create(work, "--input_file", "shards", "--output_dir", "kept")
+    before = digests(work / "kept")
+    arguments = ("--vocab_file", "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "kept", "--random_seed", 7)
+    done = run("create_pretraining_data.py", *arguments, cwd=work)
+    assert done.returncode == 2 and "random_seed 12345 (now 7)" in done.stderr and digests(work / "kept") == before
+
+
+def test_texts_next_to_shards_are_named_and_wrong_case_is_warned_of(work, tmp_path):
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    shutil.copy(work / "sentences.txt", tmp_path / "shards" / "sentences.txt")
+    said = create(work, "--input_file", tmp_path / "shards", "--output_file", tmp_path / "a.hdf5", "--cased")
+    assert "left out: sentences.txt" in said and "from 24 documents" in said
+    assert "are [UNK]" in said and "--cased" in said
+
+
+def stop_midway(work, tmp_path, number):
+    """Start two slow workers, send ``number`` to the parent once they write; the folder and the exit code."""
+    (tmp_path / "in").mkdir()
+    text = (work / "sentences.txt").read_text(encoding="utf-8") + "\n"
+    for shard in range(4):
+        (tmp_path / "in" / f"{shard}.txt").write_text(text * 300, encoding="utf-8")
+    command = [sys.executable, str(ROOT / "create_pretraining_data.py"), "--vocab_file", str(work / "vocab.txt"),
+               "--input_file", "in", "--output_dir", "out", "--processes", "2", "--dupe_factor", "20"]  # fmt: skip
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not (partial := list(tmp_path.glob("out/.*.partial"))) and time.monotonic() < end:
+        time.sleep(0.02)
+    workers = [int(path.name.split(".")[-2]) for path in partial]
+    process.send_signal(number)
+    process.wait(30)
+    end = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}/exe") for worker in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert workers and not any(os.path.exists(f"/proc/{worker}/exe") for worker in workers), "workers went on"
+    return process.returncode, list((tmp_path / "out").glob(".*"))
+
+
+def test_sigterm_ends_workers_and_leaves_nothing(work, tmp_path):
+    assert stop_midway(work, tmp_path, signal.SIGTERM) == (143, [])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG")
+def test_workers_of_a_killed_parent_end_and_the_next_run_cleans_up(work, tmp_path):
+    code, left = stop_midway(work, tmp_path, signal.SIGKILL)
+    assert code == -9 and left
+    for path in (tmp_path / "in").iterdir():
+        path.write_text((work / "sentences.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    create(work, "--input_file", tmp_path / "in", "--output_dir", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{n}.hdf5" for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("data/sentences.py", ("--input", "in", "--output", "in/new.txt")),
+        ("data/sentences.py", ("--input", "in/a.txt", "--output", "in/a.txt")),
+        ("data/vocab.py", ("--input", "in/a.txt", "--vocab_size", "200", "--output", "in/a.txt")),
+        ("create_pretraining_data.py", ("--vocab_file", "v.txt", "--input_file", "in/a.txt", "--output_file", "in/a.txt")),
+        ("create_pretraining_data.py", ("--vocab_file", "v.txt", "--input_file", "in/a.txt", "--output_file", "v.txt")),
+    ],
+)
+def test_inputs_are_never_overwritten(work, tmp_path, script, arguments):
+    (tmp_path / "in").mkdir()
+    shutil.copy(work / "sentences.txt", tmp_path / "in" / "a.txt")
+    shutil.copy(work / "vocab.txt", tmp_path / "v.txt")
+    before = digests(tmp_path / "in")
+    done = run(script, *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and "error: --output" in done.stderr, done.stderr
+    assert digests(tmp_path / "in") == before
+
+
+def test_vocabulary_says_that_the_alphabet_is_too_small(work, tmp_path):
+    arguments = ("--input", "sentences.txt", "--vocab_size", 200, "--output", tmp_path / "v.txt")
+    assert "raise --limit_alphabet" in succeed("data/vocab.py", *arguments, "--limit_alphabet", 20, cwd=work)
+    assert "raise --limit_alphabet" not in succeed("data/vocab.py", *arguments, cwd=work)
 
 
 VOCAB = ("--vocab_file", "vocab.txt")

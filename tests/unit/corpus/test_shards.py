@@ -1,5 +1,7 @@
 """Sharding: whole documents, balance, determinism, stale shards, odd blank lines."""
 
+import os
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from berth import files
 from berth.corpus.shards import index_documents, make_shards, plan_shards
+from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError
 
 
@@ -17,9 +21,7 @@ def documents_of(path: Path) -> list[str]:
 
 def sentences_file(path: Path, count: int, seed: int = 0) -> list[str]:
     rng = np.random.default_rng(seed)
-    documents = [
-        "\n".join(f"document {number} sentence {line}." for line in range(rng.integers(1, 30))) for number in range(count)
-    ]
+    documents = ["\n".join(f"document {number} sentence {line}." for line in range(rng.integers(1, 30))) for number in range(count)]
     path.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
     return documents
 
@@ -27,7 +29,7 @@ def sentences_file(path: Path, count: int, seed: int = 0) -> list[str]:
 def test_every_document_once_and_shards_balanced(tmp_path):
     documents = sentences_file(tmp_path / "s.txt", 400)
     counts = make_shards(tmp_path / "s.txt", tmp_path / "out", "text", 8, 2, 0.1, 1)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.txt"))
     assert names == sorted([f"text_training_{i}.txt" for i in range(8)] + [f"text_test_{i}.txt" for i in range(2)])
     found = [document for name in names for document in documents_of(tmp_path / "out" / name)]
     assert sorted(found) == sorted(documents)
@@ -59,14 +61,68 @@ def test_stale_shards_are_replaced_and_other_files_kept(tmp_path):
     sentences_file(tmp_path / "s.txt", 40)
     out = tmp_path / "out"
     make_shards(tmp_path / "s.txt", out, "text", 5, 2, 0.2, 0)
-    for name in ("text_training_x.txt", "text2_training_9.txt", "notes.txt"):
+    for name in ("text_training_x.txt", "notes.txt"):
         (out / name).write_text("keep")
     counts = make_shards(tmp_path / "s.txt", out, "text", 3, 0, 0.2, 0)
     assert counts.stale_removed == 4
     assert sorted(path.name for path in out.iterdir()) == [
-        "notes.txt", "text2_training_9.txt", "text_training_0.txt", "text_training_1.txt", "text_training_2.txt",
+        "notes.txt", "text_shards.json", "text_training_0.txt", "text_training_1.txt", "text_training_2.txt",
         "text_training_x.txt",
     ]  # fmt: skip
+
+
+def test_shards_of_another_prefix_are_refused(tmp_path):
+    sentences_file(tmp_path / "s.txt", 40)
+    (tmp_path / "old_training_9.txt").write_text("old")
+    with pytest.raises(DataError, match=r"another prefix \(old_training_9\.txt\)"):
+        make_shards(tmp_path / "s.txt", tmp_path, "text", 3, 0, 0.2, 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old_training_9.txt", "s.txt"]
+
+
+@pytest.mark.parametrize("renames", [0, 1, 3])
+def test_a_crash_between_renames_is_noticed(tmp_path, monkeypatch, renames):
+    """Killed after some renames: the folder is refused until sharding is run again."""
+    sentences_file(tmp_path / "s.txt", 40)
+    out = tmp_path / "out"
+    make_shards(tmp_path / "s.txt", out, "text", 3, 1, 0.2, 0)
+    select_shards(out)
+    real, done = os.replace, []
+
+    def crash(source, target):
+        if str(target).endswith(".txt"):
+            if len(done) == renames:
+                raise KeyboardInterrupt
+            done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        make_shards(tmp_path / "s.txt", out, "text", 2, 2, 0.2, 1)
+    monkeypatch.undo()
+    for path in (out, *out.glob("text_test_*.txt")):
+        with pytest.raises(DataError, match="interrupted"):
+            select_shards(path)
+    make_shards(tmp_path / "s.txt", out, "text", 2, 2, 0.2, 1)
+    assert len(select_shards(out)[0]) == 4
+
+
+def test_temporaries_of_a_killed_run_are_removed(tmp_path):
+    sentences_file(tmp_path / "s.txt", 40)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    leftover = files._temporary_name(tmp_path / "out" / "text_training_7.txt", dead.pid)
+    alive = files._temporary_name(tmp_path / "out" / "text_training_8.txt", os.getppid())
+    leftover.parent.mkdir()
+    leftover.write_text("half")
+    alive.write_text("half")
+    make_shards(tmp_path / "s.txt", tmp_path / "out", "text", 2, 0, 0.2, 1)
+    assert not leftover.exists() and alive.exists()
+
+
+def test_one_document_says_how_documents_are_parted(tmp_path):
+    (tmp_path / "s.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"one single document.*Blank lines.*folder.*--documents"):
+        make_shards(tmp_path / "s.txt", tmp_path / "out", "t", 1, 0, 0.1, 0)
 
 
 def test_a_failure_leaves_the_old_shards(tmp_path, monkeypatch):

@@ -1,17 +1,24 @@
 """Reading weights from every kind of file, and one clear error for everything else: berth.export.weights and folder."""
 
+import errno
 import hashlib
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 
+import convert_checkpoint
 from berth.errors import CheckpointError, ConfigError
+from berth.export import folder as folder_module
 from berth.export import load_weights
-from berth.export.folder import MARKER, export_folder
+from berth.export.folder import MARKER, UNFINISHED, export_folder
 from berth.export.layout import pretraining_shapes
+from berth.export.weights import newest_checkpoint
 
 CONFIG = {"vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
           "hidden_act": "gelu"}  # fmt: skip
@@ -41,21 +48,29 @@ def test_a_berth_checkpoint(tmp_path):
     assert source == f"berth weights {tmp_path / 'ckpt_5.pt'}"
 
 
-def test_an_output_folder_means_its_newest_checkpoint(tmp_path):
+def test_an_output_folder_means_its_newest_good_checkpoint(tmp_path, caplog):
     entries = []
     for step in (5, 9):
         file = tmp_path / f"ckpt_{step}.pt"
         torch.save(berth_checkpoint(model=random_weights(step)), file)
-        entries.append({"file": file.name, "step": step, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()})
+        data = file.read_bytes()
+        entries.append({"file": file.name, "step": step, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)})
     (tmp_path / "manifest.json").write_text(json.dumps({"checkpoints": entries}))
     assert same(load_weights(tmp_path).weights, random_weights(9))
     damaged = bytearray((tmp_path / "ckpt_9.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "ckpt_9.pt").write_bytes(damaged)
-    with pytest.raises(CheckpointError, match=r"ckpt_9\.pt does not match its checksum"):
-        load_weights(tmp_path)
+    assert same(load_weights(tmp_path).weights, random_weights(5))
+    assert "ckpt_9.pt does not match its checksum in manifest.json: it is truncated or damaged; the older ckpt_5.pt is used" in caplog.text
+    (tmp_path / "ckpt_9.pt").write_bytes(damaged[:-50])
+    assert newest_checkpoint(tmp_path).name == "ckpt_5.pt" and "ckpt_9.pt has " in caplog.text
     (tmp_path / "ckpt_9.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"ckpt_9\.pt is listed in manifest\.json but does not exist"):
+    assert newest_checkpoint(tmp_path).name == "ckpt_5.pt" and "ckpt_9.pt is listed in manifest.json but does not exist" in caplog.text
+    (tmp_path / "manifest.json").write_text(json.dumps({"checkpoints": [{"file": "ckpt_5.pt"}, {"file": "cut.pt"}, 7]}))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "ckpt_5.pt").read_bytes()[:-50])  # without a checksum: it must open
+    assert newest_checkpoint(tmp_path).name == "ckpt_5.pt" and "cut.pt is truncated" in caplog.text
+    (tmp_path / "ckpt_5.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*manifest\.json can be used \(.*cut\.pt is truncated.*ckpt_5"):
         load_weights(tmp_path)
     for content in ('{"checkpoints": []}', "{", "[]"):
         (tmp_path / "manifest.json").write_text(content)
@@ -206,3 +221,74 @@ def test_an_export_replaces_nothing_of_others(tmp_path):
     assert (target / "README.md").read_text() == "my model card"
     with pytest.raises(ConfigError, match="is a file"), export_folder(target / "a", {}):
         pass
+
+
+def write_export(target, **files):
+    with export_folder(target, {}) as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.name != MARKER}
+
+
+def test_an_export_keeps_the_folder_itself(tmp_path):
+    """A mount point cannot be renamed, and a link must stay one."""
+    real, link = tmp_path / "disk", tmp_path / "link"
+    real.mkdir()
+    (real / "lost+found").mkdir()
+    number = real.stat().st_ino
+    link.symlink_to(real)
+    for version in ("1", "2"):
+        write_export(link, a=version)
+        (real / "lost+found").rmdir() if version == "1" else None
+        assert link.is_symlink() and real.stat().st_ino == number and (real / "a").read_text() == version
+    assert contents(real) == {"a": "2"} and {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_a_killed_export_is_recognised_and_replaced(tmp_path, moves):
+    """Killed before each of the moves (marker, a, b, marker): the folder is the old export, or has no marker."""
+    target = tmp_path / "out"
+    write_export(target, a="old", gone="old")
+    script = """
+import os, sys
+from pathlib import Path
+from berth.export import folder
+left, real = int(sys.argv[2]), os.replace
+def replace(one, other):
+    global left
+    if Path(other).parent == Path(sys.argv[1]):
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), 9)
+    real(one, other)
+with folder.export_folder(Path(sys.argv[1]), {}) as to:
+    (to / "a").write_text("new")
+    (to / "b").write_text("new")
+    os.replace = replace
+"""
+    root = os.path.dirname(convert_checkpoint.__file__)
+    done = subprocess.run([sys.executable, "-c", script, target, str(moves)], cwd=root, check=False)
+    assert done.returncode == (-9 if moves < 4 else 0)
+    if moves == 0:
+        assert (target / MARKER).exists() and (target / "a").read_text() == (target / "gone").read_text() == "old"
+    elif moves < 4:
+        assert (target / UNFINISHED).exists() and not (target / MARKER).exists()
+    write_export(target, a="newest", c="newest")
+    assert contents(target) == {"a": "newest", "c": "newest"}
+    assert json.loads((target / MARKER).read_text()) == {"files": ["a", "c"]}
+
+
+def test_a_failing_disk_at_publication(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    write_export(target, a="old")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder_module, "_sync", full)
+    with pytest.raises(CheckpointError, match=r"out cannot be written: No space left on device"):
+        write_export(target, a="new")
+    assert contents(target) == {"a": "old"} and (target / MARKER).exists()

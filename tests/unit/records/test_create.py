@@ -115,10 +115,10 @@ def read_rows(path: Path) -> set[bytes]:
 
 
 def test_finished_files_are_skipped_and_others_rebuilt(tmp_path, data, shards):
-    def run(**changes):
+    def run(overwrite=False, **changes):
         options = dataclasses.replace(OPTIONS, **changes)
         jobs = plan_folder(shards, tmp_path / "out", data / "vocab.txt", options)
-        return {result.output.stem: result for result in run_jobs(jobs, 1)}
+        return {result.output.stem: result for result in run_jobs(jobs, 1, overwrite)}
 
     first = run()
     again = run()
@@ -129,8 +129,14 @@ def test_finished_files_are_skipped_and_others_rebuilt(tmp_path, data, shards):
     (tmp_path / "out" / "t_test_0.hdf5").unlink()
     assert {name for name, result in run().items() if not result.skipped} == {"t_training_1", "t_test_0"}
     for changes in ({"random_seed": 7}, {"lowercase": False}, {"short_seq_prob": 0.2}, {"whole_word_mask": True}):
-        assert not any(result.skipped for result in run(**changes).values()), changes
-        run()
+        before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        name, value = next(iter(changes.items()))
+        name = "do_lower_case" if name == "lowercase" else name
+        with pytest.raises(ConfigError, match=rf"{name} .* \(now {value}\).*--overwrite"):
+            run(**changes)
+        assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+        assert not any(result.skipped for result in run(True, **changes).values()), changes
+        run(True)
 
 
 def test_another_vocabulary_rebuilds(tmp_path, data):
@@ -150,6 +156,50 @@ def test_foreign_files_are_not_replaced(tmp_path, data):
         run_job(job(data, output))
     assert output.read_bytes() == before
     assert not run_job(job(data, output), overwrite=True).skipped
+
+
+def test_each_kind_of_bad_output_has_its_message(tmp_path, data, monkeypatch):
+    output = tmp_path / "a.hdf5"
+    run_job(job(data, output))
+    output.write_bytes(output.read_bytes()[:3000])
+    with pytest.raises(DataError, match="truncated or damaged; delete this one file"):
+        list(run_jobs([job(data, output)], 1))
+    output.write_bytes(b"text, not hdf5")
+    with pytest.raises(DataError, match=r"not an hdf5 file.*--overwrite"):
+        list(run_jobs([job(data, output)], 1))
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        read_attributes(output)
+
+
+def test_outputs_and_vocabulary_among_the_texts_are_refused(tmp_path, data, shards):
+    text = tmp_path / "text.hdf5"
+    shutil.copy(data / "text.txt", text)
+    with pytest.raises(ConfigError, match="--output_file .*also an input"):
+        plan_file(text, text, data / "vocab.txt", OPTIONS)
+    with pytest.raises(ConfigError, match="--output_dir .*also an input"):
+        plan_folder(text, tmp_path, data / "vocab.txt", OPTIONS)
+    with pytest.raises(ConfigError, match="--vocab_file .*one of the texts"):
+        plan_file(data, tmp_path / "a.hdf5", data / "vocab.txt", OPTIONS)
+
+
+def test_the_name_of_the_folder_does_not_matter(tmp_path, data, shards):
+    moved = shutil.copytree(shards, tmp_path / "elsewhere")
+    for name, folder in (("a", shards), ("b", moved)):
+        run_job(plan_file(folder, tmp_path / name, data / "vocab.txt", OPTIONS))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_text_name_that_is_not_utf_8(tmp_path, data):
+    source = tmp_path / b"caf\xe9.txt".decode("utf-8", "surrogateescape")
+    shutil.copy(data / "text.txt", source)
+    jobs = plan_folder(source, tmp_path / "out", data / "vocab.txt", OPTIONS)
+    assert [result.skipped for result in run_jobs(jobs, 1)] == [False]
+    assert [result.skipped for result in run_jobs(jobs, 1)] == [True]
 
 
 def test_strangers_are_found(tmp_path, data, shards):
@@ -172,8 +222,9 @@ def test_full_disk_leaves_no_partial_file(tmp_path, data, monkeypatch, old):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordsWriter, "append", full)
-    with pytest.raises(OSError, match="No space"):
-        run_job(job(data, output, random_seed=3))
+    with pytest.raises(OSError, match="No space") as caught:
+        run_job(job(data, output), overwrite=True)
+    assert caught.value.filename == str(output)
     assert [path.name for path in (tmp_path / "out").iterdir()] == (["a.hdf5"] if old else [])
     assert not old or output.read_bytes() == before
 
@@ -205,9 +256,7 @@ def test_a_folder_becomes_one_file(tmp_path, data, shards, vocabulary):
 
 def test_options_name_every_mistake():
     with pytest.raises(ConfigError) as caught:
-        RecordOptions(
-            max_seq_length=4, max_predictions_per_seq=0, masked_lm_prob=0, short_seq_prob=2, dupe_factor=0, random_seed=-1
-        )
+        RecordOptions(max_seq_length=4, max_predictions_per_seq=0, masked_lm_prob=0, short_seq_prob=2, dupe_factor=0, random_seed=-1)
     for name in ("max_seq_length", "max_predictions", "masked_lm_prob", "short_seq_prob", "dupe_factor", "random_seed"):
         assert f"--{name}" in str(caught.value)
 

@@ -21,9 +21,7 @@ def random_text(continuations: float = 0.0) -> TokenText:
     lengths = rng.integers(3, 30, 3000)
     count = int(lengths.sum())
     ids = np.where(rng.random(count) < continuations, rng.integers(1305, SIZE, count), rng.integers(305, 1305, count))
-    return TokenText(
-        ids.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), np.arange(0, 3001, 30), 0, 0
-    )
+    return TokenText(ids.astype(np.uint16), np.concatenate([[0], np.cumsum(lengths)]), np.arange(0, 3001, 30), 0, 0)
 
 
 def make(options: RecordOptions, text: TokenText) -> tuple[Rows, np.ndarray]:

@@ -34,9 +34,7 @@ def untrimmed(keys, longest, a, b, random, forced):
     return Instances(a[0], a[1], b[0], b[1], random.astype(np.int8), forced, keys)
 
 
-documents_strategy = st.lists(
-    st.lists(st.one_of(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=12), min_size=2, max_size=6
-)
+documents_strategy = st.lists(st.lists(st.one_of(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=12), min_size=2, max_size=6)
 options_strategy = st.builds(
     RecordOptions,
     max_seq_length=st.integers(5, 40),
@@ -128,9 +126,7 @@ def test_single_sentence_documents_are_random_and_counted():
 
 
 def test_a_sentence_longer_than_a_row_is_cut_into_pieces_that_follow_each_other():
-    made = make_instances(
-        text_of([[1000], [1000]]), RecordOptions(max_seq_length=23, short_seq_prob=0, dupe_factor=1), "s.txt"
-    )
+    made = make_instances(text_of([[1000], [1000]]), RecordOptions(max_seq_length=23, short_seq_prob=0, dupe_factor=1), "s.txt")
     assert not made.forced.any()
     follows = made.labels == 0
     assert 0.3 < follows.mean() < 0.7
