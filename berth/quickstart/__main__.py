@@ -42,11 +42,11 @@ SPEECHES = (
 # Found on two cores with bf16 (2026-11-21): small batches learn most per sequence; rates of 2e-2 and wider initial weights (0.05)
 # stay at the unigram level. docs/decisions/2026-11-21-demonstration.md
 PHASE1 = Phase(
-    1, seq_length=128, predictions=20, batch=32, accumulation=1, steps=2000, learning_rate=7e-3, warmup=0.1, dupe_factor=3,
+    1, seq_length=128, predictions=20, batch=64, accumulation=1, steps=1200, learning_rate=1e-2, warmup=0.1, dupe_factor=3,
     eval_samples=1000,
 )  # fmt: skip
 PHASE2 = Phase(
-    2, seq_length=512, predictions=80, batch=8, accumulation=1, steps=240, learning_rate=5e-3, warmup=0.1, dupe_factor=2,
+    2, seq_length=512, predictions=80, batch=16, accumulation=1, steps=100, learning_rate=5e-3, warmup=0.1, dupe_factor=2,
     eval_samples=300,
 )  # fmt: skip
 
