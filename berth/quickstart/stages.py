@@ -149,7 +149,7 @@ def run_command(command: tuple[str, ...]) -> int:
     SIGTERM is passed on; Ctrl-C has reached the child already, which ends politely.
     """
     # waiting threads spin shortly, then give their core away: beside another busy program endless spinning is ten times slower
-    defaults = {"GOMP_SPINCOUNT": "20000", "TOKENIZERS_PARALLELISM": "false"}
+    defaults = {"GOMP_SPINCOUNT": "100000", "TOKENIZERS_PARALLELISM": "false"}
     child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_end_with_parent)
     asked: list[int] = []
 
