@@ -23,6 +23,7 @@ buffer (apex: the update loses bits in half precision).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -501,7 +502,7 @@ def _check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(ABC):
     """Learning rate as a pure function of the optimizer step ``t`` = 1 .. ``total_steps``, in Python floats.
 
     ``warmup`` is a fraction of ``total_steps``; below it the rate rises linearly from 0 (``base_lr * p / warmup`` with
@@ -539,9 +540,9 @@ class Schedule:
         """Rate at ``part`` in (0, 1) of the warm-up."""
         return self.base_lr * part
 
+    @abstractmethod
     def _after(self, step: int, progress: float) -> float:
         """Rate at and after the end of warm-up; ``progress`` in (0, 1]."""
-        raise NotImplementedError
 
     def _remaining(self, progress: float) -> float:
         """What is left of the time after warm-up: 1 at its end, 0 at the last step."""
