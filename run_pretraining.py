@@ -50,9 +50,21 @@ def main() -> int:
     device = choose_device(options.device, place)
     communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min))
     try:
-        return Pretraining(options, communicator, stop).run()
-    finally:
-        communicator.close()
+        code = Pretraining(options, communicator, stop).run()
+    except (BerthError, SystemExit) as error:
+        if communicator.world_size > 1:
+            leave_at_once(error)
+        raise
+    communicator.close()
+    return code
+
+
+def leave_at_once(error: BerthError | SystemExit) -> None:
+    """End one of several processes with its message and exit code, without gloo's teardown, which aborts when its peers are gone first."""
+    if isinstance(error, BerthError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(error.exit_code if isinstance(error, BerthError) else int(error.code or 0))
 
 
 class Pretraining:
@@ -113,6 +125,8 @@ class Pretraining:
             except BerthError as error:
                 refusal = error
         chosen = self.communicator.broadcast_ints(chosen)
+        if chosen[0] == REFUSED:
+            self.communicator.barrier()  # nobody leaves before all know
         if refusal is not None:
             raise refusal
         if chosen[0] == REFUSED:
