@@ -7,8 +7,6 @@ left, which is how training resumes; what a stage with *another* key left is mov
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import os
 import shlex
@@ -22,8 +20,7 @@ from typing import Any
 
 from berth.errors import ConfigError, LaunchError
 from berth.files import FolderLock, read_json, sha256_json, write_json
-
-_PR_SET_PDEATHSIG = 1
+from berth.processes import end_with_parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +165,8 @@ def run_command(command: tuple[str, ...]) -> int:
 
 
 def _end_with_parent() -> None:
-    """In the child: ask Linux for a SIGTERM when the parent dies (kill -9), so that no orphan trains on in the background."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    """In the child: stop politely when the driver is killed, so that no orphan trains on in the background."""
+    end_with_parent(signal.SIGTERM)
 
 
 def raise_for(stage: Stage, code: int) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import dataclasses
 import multiprocessing
 import os
@@ -30,6 +29,7 @@ import numpy as np
 from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError
 from berth.files import discard_temporary, sha256_file, sha256_json
+from berth.processes import end_with_parent
 from berth.records.masking import RowMaker
 from berth.records.options import RecordOptions
 from berth.records.pairs import Instances, make_instances
@@ -41,7 +41,6 @@ from berth.text.vocabulary import Vocabulary
 
 EVERYTHING = "all"  # the name of a records file made of a folder, whatever the folder is called
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,8 +225,7 @@ def run_job(job: Job, overwrite: bool = False) -> Result:
 def _worker_start() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if sys.platform == "linux":  # a worker whose parent is killed ends, too
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        end_with_parent(signal.SIGKILL)
         parent = multiprocessing.parent_process()
         if parent is not None and os.getppid() != parent.pid:  # killed before the line above
             os._exit(1)

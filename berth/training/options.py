@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -348,8 +347,3 @@ def _problems(options: Options) -> list[str]:
         path = getattr(options, name)
         rule(path is None or Path(path).is_file(), f"--{name} {path} does not exist")
     return found
-
-
-def effective_text(options: Options) -> str:
-    """The options as JSON, for the run log."""
-    return json.dumps(dataclasses.asdict(options), sort_keys=True)
