@@ -27,26 +27,27 @@ def invalid_utf8(path: Path, offset: int, byte: int) -> DataError:
     )
 
 
-def read_blocks(path: Path) -> Iterator[str]:
+def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
     """Yield the decoded text of ``path`` in pieces of about 1 MiB that end at a line end (the last one may not).
 
-    Line ends are normalised to ``\\n`` and a leading byte order mark is removed. Raises :class:`DataError` at the first
+    ``start`` and ``stop`` (bytes, where lines begin; ``None``: the end) read a part of it. Line ends are normalised to ``\\n`` and a leading byte order mark is removed. Raises :class:`DataError` at the first
     invalid byte and for a path that cannot be read as a file.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     pending: list[str] = []
-    offset, first = 0, True
+    offset, first = start, start == 0
     if not path.is_file():
         raise DataError(f"{path}: no such text file")
     with open(path, "rb") as handle:
+        handle.seek(start)
         while True:
-            block = handle.read(BLOCK_BYTES)
-            start = offset - len(decoder.getstate()[0])
+            block = handle.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - offset))
+            begin = offset - len(decoder.getstate()[0])
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                raise invalid_utf8(path, start + error.start, error.object[error.start]) from None
+                raise invalid_utf8(path, begin + error.start, error.object[error.start]) from None
             offset += len(block)
             if first and text:
                 text, first = text.removeprefix("\ufeff"), False
