@@ -6,9 +6,13 @@ One records file of everything:
 One a shard, several at a time; run again, it continues where it stopped:
     python create_pretraining_data.py --vocab_file vocab.txt --input_file shards/ --output_dir records/ --processes 8
 
+The files are dealt out among the tasks of an MPI run (mpirun, srun --mpi=pmix) or of a Slurm array:
+    srun --mpi=pmix -n 64 python create_pretraining_data.py ... --output_dir records/
+    sbatch --array=0-63 --wrap 'python create_pretraining_data.py ... --output_dir records/'
+
 Of a folder with shards (<prefix>_training_<i>.txt, <prefix>_test_<i>.txt) only these are read, otherwise every .txt.
 Input is UTF-8, one sentence a line, blank lines between documents (data/sentences.py, data/shard.py). The same input,
-options and seed give the same bytes whatever --processes is. Phase 2 wants --max_seq_length 512
+options and seed give the same bytes however the work is spread. Phase 2 wants --max_seq_length 512
 --max_predictions_per_seq 80.
 """
 
@@ -16,10 +20,8 @@ import argparse
 import io
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-from tqdm import tqdm
 
 from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError, run_main
@@ -30,18 +32,20 @@ from berth.records.create import (
     plan_file,
     plan_folder,
     run_jobs,
-    stop_on_sigterm,
     strangers,
+    write_manifest,
 )
-from berth.records.options import RecordOptions
+from berth.records.deal import MODES, Share, deal, find_share
+from berth.records.options import LAYOUTS, MASKINGS, OBJECTIVES, RecordOptions
 from berth.records.schema import RecordCounts
 from berth.text.options import add_case_options, wants_lowercase
 from berth.text.vocabulary import Vocabulary
+from berth.workers import stop_on_sigterm
 
 MOST_UNKNOWN = 0.05  # share of [UNK] above which something is wrong
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     defaults = RecordOptions()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument
@@ -63,9 +67,29 @@ def parse_arguments() -> argparse.Namespace:
     number("--random_seed", int, defaults.random_seed, "decides pairs, masks and order")
     number("--processes", int, 1, "shards made at the same time (with --output_dir)")
     add("--do_whole_word_mask", action="store_true", help="mask whole words instead of word pieces")
+
+    def choice(name: str, values: tuple[str, ...], default: str, text: str) -> None:
+        add(name, choices=values, default=default, help=f"{text} (default: {default})")
+
+    choice(
+        "--objective", OBJECTIVES, defaults.objective,
+        "mlm+nsp: sentence pairs with a next-sentence label; mlm: full rows of running text across documents, no label",
+    )  # fmt: skip
+    choice("--masking", MASKINGS, defaults.masking, "static: masks are drawn now; none: by the training, --dynamic_masking")
+    choice(
+        "--layout", LAYOUTS, defaults.layout,
+        "padded: NVIDIA's schema; binned: the same, a file for each range of lengths; packed: no padding is stored",
+    )  # fmt: skip
+    number("--bin_size", int, defaults.bin_size, "lengths a bin of --layout binned spans")
+    choice(
+        "--distributed",
+        MODES,
+        "auto",
+        "who shares the work: mpi, array (Slurm), srun (its tasks, without MPI), none, or auto: what started this",
+    )
     add("--overwrite", action="store_true", help="make every file again; remove other records from --output_dir")
     add("--bert_model", metavar="NAME", help="accepted for old command lines; has no effect")
-    return parser.parse_args()
+    return parser
 
 
 def notices(arguments: argparse.Namespace, options: RecordOptions) -> None:
@@ -111,15 +135,17 @@ def superseded(folder: Path, jobs: list[Job], overwrite: bool) -> list[Path]:
     return removable
 
 
-def watch(results: Iterable[Result], total: int) -> list[Result]:
+def watch(results: Iterable[Result], total: int, prefix: str) -> list[Result]:
     """Run through ``results`` with a bar on a terminal, a line for each file elsewhere."""
-    done = []
-    bar = tqdm(results, total=total, unit="file", disable=not sys.stderr.isatty())
-    for number, result in enumerate(bar, 1):
+    done: list[Result] = []
+    if sys.stderr.isatty() and not prefix:
+        from tqdm import tqdm  # takes as long to load as small shards to make
+
+        return list(tqdm(results, total=total, unit="file"))
+    for number, result in enumerate(results, 1):
         done.append(result)
-        if bar.disable:
-            how = "up to date" if result.skipped else f"made in {result.seconds:.1f} s"
-            print(f"[{number}/{total}] {result.output}: {result.counts.instances} instances, {how}", flush=True)
+        how = "up to date" if result.skipped else f"made in {result.seconds:.1f} s"
+        print(f"{prefix}[{number}/{total}] {result.output}: {result.counts.instances} instances, {how}", flush=True)
     return done
 
 
@@ -147,10 +173,44 @@ def summarize(results: list[Result], options: RecordOptions, seconds: float) -> 
     print(f"{len(made)} file(s) made, {len(results) - len(made)} up to date, {seconds:.1f} s, {rate:.1f} MB/s")
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def share_of(arguments: argparse.Namespace) -> Share:
+    """This process's share of the work. Raises :class:`ConfigError` for one output file shared by several."""
+    share = find_share(arguments.distributed)
+    if share.count > 1 and arguments.output_file is not None:
+        raise ConfigError(
+            f"{share.count} processes share this work ({share.kind}), but one --output_file is made by one process: use "
+            "--output_dir, or --distributed none"
+        )
+    return share
+
+
+def work(arguments: argparse.Namespace, options: RecordOptions, share: Share) -> None:
+    start = time.perf_counter()
+    Vocabulary.load(arguments.vocab_file)
+    jobs, old = plan(arguments, options)
+    if share.first:
+        notices(arguments, options)
+    mine = deal(jobs, [sum(file.stat().st_size for file in job.files) for job in jobs], share.count)[share.index]
+    stop_on_sigterm([path for job in mine for path in job.outputs()])
+    prefix = f"{share.kind} {share.index} of {share.count}: " if share.count > 1 else ""
+    results = share.gather(watch(run_jobs(mine, arguments.processes, arguments.overwrite), len(mine), prefix))
+    if share.sees_all:
+        for path in old:
+            path.unlink(missing_ok=True)
+            print(f"removed {path}: not a shard of --input_file")
+        if arguments.output_dir is not None:
+            write_manifest(Path(arguments.output_dir), Path(arguments.vocab_file), options, results)
+    elif share.comm is None and not results:
+        print(f"{prefix}no file for this task: there are {len(jobs)}")
+    if results and (share.sees_all or share.comm is None):
+        summarize(results, options, time.perf_counter() - start)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    share = share_of(arguments)
     options = RecordOptions(
         max_seq_length=arguments.max_seq_length,
         max_predictions_per_seq=arguments.max_predictions_per_seq,
@@ -160,17 +220,12 @@ def main() -> None:
         random_seed=arguments.random_seed,
         lowercase=wants_lowercase(arguments),
         whole_word_mask=arguments.do_whole_word_mask,
+        objective=arguments.objective,
+        masking=arguments.masking,
+        layout=arguments.layout,
+        bin_size=arguments.bin_size,
     )
-    start = time.perf_counter()
-    Vocabulary.load(arguments.vocab_file)
-    jobs, old = plan(arguments, options)
-    notices(arguments, options)
-    stop_on_sigterm(jobs)
-    results = watch(run_jobs(jobs, arguments.processes, arguments.overwrite), len(jobs))
-    for path in old:
-        path.unlink(missing_ok=True)
-        print(f"removed {path}: not a shard of --input_file")
-    summarize(results, options, time.perf_counter() - start)
+    share.guarded(lambda: work(arguments, options, share))
 
 
 if __name__ == "__main__":

@@ -5,39 +5,37 @@ everything (:func:`create_file`), or one a shard made by several processes (:fun
 
 A file that was made from the same text, vocabulary and options by the same format version is left as it is; its
 attributes say so. Text or vocabulary that changed make it again; a file of other options is only replaced with ``overwrite``.
-The bytes do not depend on the number of processes or on which shards were left.
+The bytes do not depend on the number of processes or on which shards were left. Memory does not grow with the shard:
+tokens and instances lie in unnamed temporary files beside the output (:mod:`berth.records.spool`).
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextlib
 import dataclasses
-import multiprocessing
-import os
-import signal
-import sys
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import h5py
 import numpy as np
 
 from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError
-from berth.files import discard_temporary, sha256_file, sha256_json
-from berth.processes import end_with_parent
+from berth.files import read_json, sha256_file, sha256_json, write_json
+from berth.records.chunks import chunk_blocks, separators
+from berth.records.instances import InstanceSpool, StoredInstances
 from berth.records.masking import RowMaker
 from berth.records.options import RecordOptions
-from berth.records.pairs import Instances, make_instances
+from berth.records.pairs import instance_blocks
 from berth.records.schema import FORMAT, FORMAT_VERSION, ROWS_PER_CHUNK, SUFFIX, RecordCounts
+from berth.records.spool import spool_folder
 from berth.records.tokens import TokenText, tokenize_files
-from berth.records.writer import Attribute, RecordsWriter, open_records
+from berth.records.writer import Attribute, FilePlan, RecordsWriter, open_records
 from berth.text.lines import check_output
 from berth.text.vocabulary import Vocabulary
+from berth.workers import map_processes
 
 EVERYTHING = "all"  # the name of a records file made of a folder, whatever the folder is called
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -56,12 +54,19 @@ class Job:
     vocab_file: Path
     options: RecordOptions
 
+    def outputs(self) -> list[Path]:
+        """The files this job may make: ``output``, or ``<stem>_bin_<upper length>`` for every bin."""
+        if self.options.layout != "binned":
+            return [self.output]
+        return [self.output.with_name(f"{self.output.stem}_bin_{high}{self.output.suffix}") for high in self.options.bin_edges]
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """A records file that is there: its counts, the bytes of text behind it, and whether it was there before."""
+    """A job that is done: its files, their counts, the bytes of text behind them, and whether they were there before."""
 
     output: Path
+    files: tuple[Path, ...]
     counts: RecordCounts
     input_bytes: int
     skipped: bool
@@ -140,123 +145,128 @@ def read_attributes(path: Path) -> dict[str, Attribute]:
         raise DataError(f"{path} is truncated or damaged; delete this one file and run again: the others are kept") from error
 
 
-def _existing(job: Job, overwrite: bool) -> dict[str, Attribute] | None:
-    """The attributes of the output that is there; None if it is to be made without looking.
+def _existing(path: Path, options: RecordOptions, overwrite: bool) -> dict[str, Attribute] | None:
+    """The attributes of an output that is there; None if it is to be made without looking.
 
     Raises :class:`DataError` for a file berth did not make, :class:`ConfigError` for one of other options.
     """
-    if overwrite or not job.output.exists():
+    if overwrite or not path.exists():
         return None
-    found = read_attributes(job.output)
+    found = read_attributes(path)
     if found.get("format") != FORMAT:
-        raise DataError(f"{job.output} is an hdf5 file that was not made by berth; move it away, or replace it with --overwrite")
+        raise DataError(f"{path} is an hdf5 file that was not made by berth; move it away, or replace it with --overwrite")
     changed = [
         f"{name} {found[name]} (now {value})"
-        for name, value in option_attributes(job.options).items()
+        for name, value in option_attributes(options).items()
         if name in found and found[name] != value
     ]
     if changed:
-        raise ConfigError(f"{job.output} was made with {', '.join(changed)}; use another output, or --overwrite to replace what is there")
+        raise ConfigError(f"{path} was made with {', '.join(changed)}; use another output, or --overwrite to replace what is there")
     return found
 
 
-def _finished(job: Job, wanted: dict[str, Attribute], overwrite: bool) -> RecordCounts | None:
-    """The counts of a finished, matching output; None if it must be made. Errors as :func:`_existing`."""
-    found = _existing(job, overwrite)
-    if found is None:
+def _counts_of(attributes: Mapping[str, Attribute]) -> RecordCounts:
+    return RecordCounts(*(int(attributes[f"count_{field.name}"]) for field in dataclasses.fields(RecordCounts)))
+
+
+def _finished(job: Job, wanted: Mapping[str, Attribute], overwrite: bool) -> tuple[tuple[Path, ...], RecordCounts] | None:
+    """The files and counts of a finished, matching job; None if it must be made. Errors as :func:`_existing`."""
+    found = {path: _existing(path, job.options, overwrite) for path in job.outputs()}
+    there = {path: attributes for path, attributes in found.items() if attributes is not None}
+    if not there or any(attributes.get(name) != value for attributes in there.values() for name, value in wanted.items()):
         return None
-    if any(found.get(name) != value for name, value in wanted.items()):
-        return None
-    fields = [field.name for field in dataclasses.fields(RecordCounts)]
     try:
-        return RecordCounts(*(int(found[f"count_{name}"]) for name in fields))
+        counts = [_counts_of(attributes) for attributes in there.values()]
+        if {str(attributes["files"]) for attributes in there.values()} != {_names(there)}:
+            return None
     except KeyError:
         return None
+    return tuple(there), functools.reduce(RecordCounts.__add__, counts)
 
 
-def _write_rows(writer: RecordsWriter, maker: RowMaker, text: TokenText, instances: Instances) -> tuple[int, int]:
-    """Make and write all rows block by block; returns real positions and masked positions."""
-    used = masked = 0
+def _names(paths: Sequence[Path] | Mapping[Path, Any]) -> str:
+    """What the attribute ``files`` says: how many files the shard became, so that a missing one is noticed."""
+    return str(len(paths))
+
+
+def _plan_files(job: Job, lengths: Sequence[int]) -> list[FilePlan]:
+    """The files with rows, given how many rows have each length."""
+    edges = [0, *job.options.bin_edges]
+    plans = [
+        FilePlan(path, int(sum(lengths[low + 1 : high + 1])), low, high)
+        for path, low, high in zip(job.outputs(), edges[:-1], edges[1:], strict=True)
+    ]
+    return [plan for plan in plans if plan.rows]
+
+
+def _make_instances(job: Job, text: TokenText) -> StoredInstances:
+    """All instances of the job, on disk."""
+    blocks = chunk_blocks if job.options.objective == "mlm" else instance_blocks
+    spool = InstanceSpool(spool_folder(job.output), job.options.max_seq_length)
+    for block in blocks(text, job.options, job.name):
+        spool.append(block)
+        text.release()
+    return spool.finish()
+
+
+def _write_rows(writer: RecordsWriter, maker: RowMaker, text: TokenText, instances: StoredInstances) -> None:
+    """Make and write all rows, some at a time."""
     step = max(1, maker.options.rows_per_block // ROWS_PER_CHUNK) * ROWS_PER_CHUNK
-    for start in range(0, len(instances), step):
-        rows = maker.make(text.ids, instances.take(slice(start, start + step)))
-        used += int(rows.input_mask.sum(dtype=np.int64))
-        masked += int(np.count_nonzero(rows.masked_lm_positions))
-        writer.append(rows)
-    return used, masked
+    for bucket in instances.buckets():
+        for start in range(0, len(bucket), step):
+            block = bucket.take(slice(start, start + step))
+            writer.append(maker.make(text.ids, block), block.forced)
+            text.release()
+
+
+def _write_attributes(writer: RecordsWriter, text: TokenText, attributes: Mapping[str, Attribute]) -> list[RecordCounts]:
+    """The attributes of every file; what is counted in the text is told by the first file only, so that sums are true."""
+    counts = []
+    for number, (plan, tally) in enumerate(zip(writer.plans, writer.tallies, strict=True)):
+        of_text = RecordCounts(
+            instances=0, documents=text.documents, sentences=text.sentences, tokens=text.tokens, unknown_tokens=text.unknown,
+            empty_sentences=text.empty_sentences, empty_documents=text.empty_documents,
+            used_tokens=0, masked=0, random_next=0, forced_random=0,
+        )  # fmt: skip
+        if number:
+            of_text = RecordCounts(*(0 for _ in dataclasses.fields(RecordCounts)))
+        counts.append(dataclasses.replace(of_text, **dataclasses.asdict(tally)))
+        tallies = {f"count_{name}": value for name, value in dataclasses.asdict(counts[-1]).items()}
+        lengths: dict[str, Attribute] = {"bin_low": plan.low, "bin_high": plan.high} if attributes["layout"] == "binned" else {}
+        writer.finish(number, {**attributes, **tallies, **lengths, "files": _names([each.path for each in writer.plans])})
+    return counts
 
 
 def run_job(job: Job, overwrite: bool = False) -> Result:
-    """Make one records file, or find it finished.
+    """Make the records of one job, or find them finished.
 
     Raises :class:`DataError` for a wrong vocabulary or text, ``OSError`` when it cannot be written (no partial file stays).
     """
     start = time.perf_counter()
-    vocabulary = Vocabulary.load(job.vocab_file)
+    vocabulary, options = Vocabulary.load(job.vocab_file), job.options
     attributes = identity(job, vocabulary)
     size = sum(file.stat().st_size for file in job.files)
     done = _finished(job, attributes, overwrite)
     if done is not None:
-        return Result(job.output, done, size, True, time.perf_counter() - start)
-    text = tokenize_files(job.files, vocabulary, job.options.lowercase)
-    instances = make_instances(text, job.options, job.name)
-    maker = RowMaker(vocabulary, job.options)
-    options = job.options
-    with open_records(job.output, len(instances), options.max_seq_length, options.max_predictions_per_seq) as writer:
-        used, masked = _write_rows(writer, maker, text, instances)
-        counts = RecordCounts(
-            instances=len(instances),
-            documents=text.documents,
-            sentences=text.sentences,
-            tokens=len(text.ids),
-            unknown_tokens=int(np.count_nonzero(text.ids == vocabulary.unk_id)),
-            empty_sentences=text.empty_sentences,
-            empty_documents=text.empty_documents,
-            used_tokens=used,
-            masked=masked,
-            random_next=int(np.count_nonzero(instances.labels)),
-            forced_random=int(np.count_nonzero(instances.forced)),
-        )
-        tallies = {f"count_{name}": value for name, value in dataclasses.asdict(counts).items()}
-        writer.set_attributes({**attributes, **tallies})
-    return Result(job.output, counts, size, False, time.perf_counter() - start)
-
-
-def _worker_start() -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if sys.platform == "linux":  # a worker whose parent is killed ends, too
-        end_with_parent(signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:  # killed before the line above
-            os._exit(1)
-
-
-def stop_on_sigterm(jobs: Sequence[Job]) -> None:
-    """Let SIGTERM end this process and its workers at once with code 143, nothing half-written.
-
-    Not by an exception: HDF5 would swallow one that is raised while it writes.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        workers = multiprocessing.active_children()
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(5)
-        for job in jobs:
-            for process in (os.getpid(), *(worker.pid for worker in workers)):
-                with contextlib.suppress(OSError):
-                    discard_temporary(job.output, int(process or 0))
-        os.write(2, b"terminated\n")
-        os._exit(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
+        return Result(job.output, *done, size, True, time.perf_counter() - start)
+    text = tokenize_files(job.files, vocabulary, options.lowercase, spool_folder(job.output))
+    instances = _make_instances(job, text)
+    maker = RowMaker(vocabulary, options, separators(text) if options.objective == "mlm" else None)
+    plans = _plan_files(job, instances.lengths.tolist())
+    with open_records(plans, options.layout, options.max_predictions_per_seq, vocabulary.size) as writer:
+        _write_rows(writer, maker, text, instances)
+        counts = _write_attributes(writer, text, attributes)
+    files = tuple(plan.path for plan in plans)
+    for path in set(job.outputs()) - set(files):  # a bin of an earlier run that has no rows now
+        path.unlink(missing_ok=True)
+    return Result(job.output, files, functools.reduce(RecordCounts.__add__, counts), size, False, time.perf_counter() - start)
 
 
 def check_jobs(jobs: Sequence[Job], overwrite: bool = False) -> None:
     """Raise what can be known before work begins: outputs that may not be replaced, texts that cannot be opened."""
     for job in jobs:
-        _existing(job, overwrite)
+        for path in job.outputs():
+            _existing(path, job.options, overwrite)
         for file in job.files:
             with open(file, "rb") as handle:
                 handle.read(1)
@@ -270,32 +280,50 @@ def run_jobs(jobs: Sequence[Job], processes: int, overwrite: bool = False) -> It
     if processes < 1:
         raise ConfigError(f"--processes {processes} must be at least 1")
     check_jobs(jobs, overwrite)
-    if processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            yield run_job(job, overwrite)
-        return
-    # spawn: a forked child would inherit the threads of the tokenizer and of HDF5 in an unknown state.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(jobs)), multiprocessing.get_context("spawn"), initializer=_worker_start
-    )
+    yield from map_processes(functools.partial(run_job, overwrite=overwrite), jobs, max(1, min(processes, len(jobs))))
+
+
+def write_manifest(folder: Path, vocab_file: Path, options: RecordOptions, results: Sequence[Result]) -> Path:
+    """Write ``records.json``: options, sums, and bytes and SHA-256 of every file (see :mod:`berth.corpus.parts`)."""
+    path = folder / "records.json"
     try:
-        futures = [pool.submit(run_job, job, overwrite) for job in jobs]
-        for future in concurrent.futures.as_completed(futures):
-            yield future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a worker process was killed, probably for lack of memory; use fewer --processes or smaller shards, and run "
-            "again: finished files are kept"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        before = read_json(path)["parts"]
+        assert isinstance(before, dict)
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        before = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for result in sorted(results, key=lambda result: result.output.name):
+        for file in result.files:
+            known = before.get(file.name)
+            if result.skipped and isinstance(known, dict) and known.get("bytes") == file.stat().st_size:
+                parts[file.name] = known
+                continue
+            attributes = read_attributes(file)
+            parts[file.name] = {
+                "digest": sha256_json({name: attributes[name] for name in ("input_sha256", "vocab_sha256", *option_attributes(options))}),
+                "bytes": file.stat().st_size,
+                "sha256": sha256_file(file),
+                "counts": dataclasses.asdict(_counts_of(attributes)),
+                "seconds": None if result.skipped else round(result.seconds / len(result.files), 3),
+            }
+    counts = functools.reduce(RecordCounts.__add__, (result.counts for result in results))
+    write_json(
+        path,
+        {
+            "format": "berth stage", "format_version": 1, "stage": "records", "complete": True,
+            "options": {**option_attributes(options), "vocab_sha256": sha256_file(vocab_file)},
+            "inputs": sha256_json([part["digest"] for part in parts.values()]), "counts": dataclasses.asdict(counts),
+            "seconds": round(sum(part["seconds"] or 0.0 for part in parts.values()), 3), "parts": parts,
+        },
+    )  # fmt: skip
+    return path
 
 
 def strangers(output_dir: Path, jobs: Sequence[Job]) -> list[Path]:
     """Records files in ``output_dir`` that none of ``jobs`` makes: left-overs of other shard numbers, or other data."""
     if not output_dir.is_dir():
         return []
-    own = {job.output.name for job in jobs}
+    own = {path.name for job in jobs for path in job.outputs()}
     return [path for path in sorted(output_dir.glob(f"*{SUFFIX}")) if path.name not in own]
 
 

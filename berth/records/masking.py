@@ -1,6 +1,7 @@
 """Instances to rows: gather the tokens, choose positions, mask 80/10/10.
 
-In: token ids, :class:`Instances` of one block of rows. Out: :class:`Rows`, the six arrays of the records schema.
+In: token ids, :class:`Instances` of one block of rows. Out: :class:`Rows`, the six arrays of the records schema. With
+``masking="none"`` no position is chosen: masks are then drawn when the rows are read (:mod:`berth.records.dynamic`).
 
 Of ``len`` real positions, specials included, ``k = min(P, max(1, round(len * prob)))`` are chosen (round half to even, as in
 the public scripts), never a special one. A chosen token becomes ``[MASK]`` (80 %), stays (10 %) or becomes a random ordinary
@@ -41,29 +42,45 @@ class Rows:
 class RowMaker:
     """Makes rows for one vocabulary and one set of options."""
 
-    def __init__(self, vocabulary: Vocabulary, options: RecordOptions) -> None:
-        self.vocabulary, self.options = vocabulary, options
+    def __init__(self, vocabulary: Vocabulary, options: RecordOptions, separators: NDArray[np.int64] | None = None) -> None:
+        """``separators``: where ``[SEP]`` stands between documents (:func:`berth.records.chunks.separators`), for rows without B."""
+        self.vocabulary, self.options, self.separators = vocabulary, options, separators
         self.ordinary = np.flatnonzero(~vocabulary.is_special_or_unused).astype(np.int32)
         self.positions = np.arange(options.max_seq_length, dtype=np.int32)
         self.position_bits = np.uint64(max(1, (options.max_seq_length - 1).bit_length()))
 
     def make(self, tokens: NDArray[np.unsignedinteger], block: Instances) -> Rows:
         """Rows of ``block``; ``tokens`` is the flat array its places refer to."""
-        ids, candidate, segments, mask = self._gather(tokens, block)
-        wanted = self.mask_counts(mask.sum(axis=1, dtype=np.int64))
-        if self.options.whole_word_mask:
-            positions, chosen = self._choose_words(ids, candidate, wanted, block.keys)
-        else:
-            positions, chosen = self._choose_pieces(candidate, wanted, block.keys)
+        gather = self._gather if self.separators is None else self._gather_chunks
+        ids, candidate, segments, mask = gather(tokens, block)
+        if self.options.masking == "none":
+            empty = np.zeros((len(ids), self.options.max_predictions_per_seq), np.int32)
+            return Rows(ids, mask, segments, empty, empty, block.labels)
+        positions, labels = self.mask(ids, candidate, block.keys)
+        return Rows(ids, mask, segments, positions, labels, block.labels)
+
+    def mask(self, ids: NDArray[np.int32], candidate: NDArray[np.bool_], keys: draws.Keys) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Choose positions among ``candidate`` and write what the model sees there into ``ids``.
+
+        Args:
+            ids: int32 [N, L], unmasked, 0 is padding; changed in place.
+            candidate: bool [N, L], ordinary tokens; every real position that is none is taken for a special token.
+            keys: uint64 [N], the key of each row's draws.
+
+        Returns:
+            Positions int32 [N, P], ascending, 0 behind the last, and the original ids there, int32 [N, P].
+        """
+        wanted = np.minimum(self.mask_counts((ids != 0).sum(axis=1, dtype=np.int64)), candidate.sum(axis=1, dtype=np.int64))
+        choose = self._choose_words if self.options.whole_word_mask else None
+        positions, chosen = choose(ids, candidate, wanted, keys) if choose else self._choose_pieces(candidate, wanted, keys)
         labels = np.where(chosen, np.take_along_axis(ids, positions, axis=1), 0)
-        self._replace(ids, positions, chosen, labels, block.keys)
-        return Rows(ids, mask, segments, positions.astype(np.int32), labels, block.labels)
+        self._replace(ids, positions, chosen, labels, keys)
+        return positions.astype(np.int32), labels
 
     def mask_counts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many positions of rows with ``lengths`` real positions are to be masked."""
         counts = np.rint(lengths * self.options.masked_lm_prob).astype(np.int64)
-        counts = np.clip(counts, 1, self.options.max_predictions_per_seq)
-        return np.minimum(counts, lengths - 3)
+        return np.clip(counts, 1, self.options.max_predictions_per_seq)
 
     def _gather(
         self, tokens: NDArray[np.unsignedinteger], block: Instances
@@ -84,6 +101,30 @@ class RowMaker:
         ids[rows, a[:, 0] + 1] = self.vocabulary.sep_id
         ids[rows, length[:, 0] - 1] = self.vocabulary.sep_id
         return ids, candidate, (valid & in_b).view(np.int8), valid.view(np.int8)
+
+    def _gather_chunks(
+        self, tokens: NDArray[np.unsignedinteger], block: Instances
+    ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int8], NDArray[np.int8]]:
+        """``[CLS] A [SEP]`` padded, with ``[SEP]`` between the documents inside A; result as :meth:`_gather`."""
+        assert self.separators is not None
+        starts, length = block.a_starts, block.lengths.astype(np.int32)
+        first = np.searchsorted(self.separators, starts)
+        inside = np.searchsorted(self.separators, starts + block.a_lengths) - first
+        row = np.repeat(np.arange(len(starts)), inside)
+        which = np.arange(len(row)) - np.repeat(np.cumsum(inside) - inside - first, inside)
+        between = np.zeros((len(starts), self.options.max_seq_length), bool)
+        between[row, self.separators[which] - starts[row] + 1] = True
+        before = np.cumsum(between, axis=1, dtype=np.int32) - between
+        source = (starts - first - 1)[:, None] + self.positions - before
+        np.clip(source, 0, len(tokens) - 1, out=source)
+        valid = self.positions < length[:, None]
+        ids = tokens[source].astype(np.int32)
+        ids[between] = self.vocabulary.sep_id
+        ids *= valid
+        ids[:, 0] = self.vocabulary.cls_id
+        ids[np.arange(len(ids)), length - 1] = self.vocabulary.sep_id
+        candidate = valid & ~between & (self.positions > 0) & (self.positions != length[:, None] - 1)
+        return ids, candidate, np.zeros(ids.shape, np.int8), valid.view(np.int8)
 
     def _ordered_keys(self, keys: draws.Keys, which: NDArray[np.int32]) -> draws.Keys:
         """uint64: the draw of position ``which`` of each row, its low bits replaced by the position itself (unique)."""

@@ -11,6 +11,9 @@ from berth.records.schema import records_folder_name
 MIN_SEQ_LENGTH = 5  # [CLS] a [SEP] b [SEP]
 MAX_SEQ_LENGTH = 1 << 15
 MAX_COPIES = 1 << 16
+OBJECTIVES = ("mlm+nsp", "mlm")
+MASKINGS = ("static", "none")
+LAYOUTS = ("padded", "binned", "packed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,10 @@ class RecordOptions:
         random_seed: not negative.
         lowercase: lower-case the text and strip accents.
         whole_word_mask: mask whole words (a piece and its ``##`` continuations) instead of pieces.
+        objective: ``mlm+nsp``, sentence pairs (:mod:`berth.records.pairs`), or ``mlm``, full chunks (:mod:`berth.records.chunks`).
+        masking: ``static``, drawn once; ``none``, left to training (``--dynamic_masking``).
+        layout: ``padded``, rows of ``max_seq_length``; ``binned``, one file for each range of lengths; ``packed``, no padding.
+        bin_size: lengths per bin of the layout ``binned``.
     """
 
     max_seq_length: int = 128
@@ -36,6 +43,10 @@ class RecordOptions:
     random_seed: int = 12345
     lowercase: bool = True
     whole_word_mask: bool = False
+    objective: str = "mlm+nsp"
+    masking: str = "static"
+    layout: str = "padded"
+    bin_size: int = 64
 
     def __post_init__(self) -> None:
         wrong = []
@@ -51,6 +62,13 @@ class RecordOptions:
             wrong.append(f"--dupe_factor {self.dupe_factor} must be 1 to {MAX_COPIES}")
         if not 0 <= self.random_seed < 1 << 63:
             wrong.append(f"--random_seed {self.random_seed} must be 0 to 2**63 - 1")
+        for name, known in (("objective", OBJECTIVES), ("masking", MASKINGS), ("layout", LAYOUTS)):
+            if getattr(self, name) not in known:
+                wrong.append(f"--{name} {getattr(self, name)!r} must be one of {', '.join(known)}")
+        if self.bin_size < 1:
+            wrong.append(f"--bin_size {self.bin_size} must be at least 1")
+        if self.masking == "none" and self.whole_word_mask:
+            wrong.append("--do_whole_word_mask has nothing to mask with --masking none; give it to the training instead")
         if wrong:
             raise ConfigError("; ".join(wrong))
 
@@ -65,6 +83,13 @@ class RecordOptions:
             self.random_seed,
             self.dupe_factor,
         )
+
+    @property
+    def bin_edges(self) -> list[int]:
+        """Upper lengths of the bins: multiples of ``bin_size`` and ``max_seq_length``; only that one without bins."""
+        if self.layout != "binned":
+            return [self.max_seq_length]
+        return [*range(self.bin_size, self.max_seq_length, self.bin_size), self.max_seq_length]
 
     @property
     def wanted_predictions(self) -> int:

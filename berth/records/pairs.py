@@ -1,12 +1,14 @@
 """Sentence pairs for next-sentence prediction, all documents and copies in lockstep.
 
 In: :class:`TokenText`. Out: :class:`Instances`: for every training row where its segments A and B lie in the token array,
-whether B is random, and the key of its random draws. 29 bytes a row; no token is copied here.
+whether B is random, and the key of its random draws. 30 bytes a row; no token is copied here. They come in blocks and in no order worth
+keeping: rows are later sorted by ``Instances.order``, a hash of their keys.
 
 The procedure is BERT's (Devlin et al. 2018): walk a document, take sentences up to the target length, split them at a
 random sentence edge into A and B; half the time replace B by sentences of another document and give the unused ones back;
 cut the longer side from a random end until the row fits. It runs as numpy steps over *lanes*, one per (document, copy),
-each at a token position: step ``n`` makes the ``n``-th chunk of every document that is long enough.
+each at a token position: step ``n`` makes the ``n``-th chunk of every document that is long enough. Only where chunks begin
+and end depends on the step before; everything else is computed afterwards for thousands of rows at once.
 
 Where it is stricter than the public scripts:
 
@@ -21,6 +23,7 @@ Where it is stricter than the public scripts:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +35,9 @@ from berth.records.tokens import TokenText
 
 Ints = NDArray[np.int64]
 
+LANES_PER_BLOCK = 1 << 14  # (document, copy) pairs walked together
+INSTANCES_PER_BLOCK = 1 << 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Instances:
@@ -39,10 +45,11 @@ class Instances:
 
     Attributes:
         a_starts, b_starts: int64, first token of A and B.
-        a_lengths, b_lengths: uint16, at least 1; together at most ``max_seq_length - 3``.
+        a_lengths, b_lengths: uint16, at least 1; together at most ``max_seq_length - 3``. Without next-sentence prediction
+            ``b_lengths`` is 0 and ``a_starts``, ``a_lengths`` count a separator between two documents as a token.
         labels: int8, 0 next, 1 random.
         forced: bool, B is random because the document had nothing left to follow.
-        keys: uint64, the key of the row's random draws.
+        keys: uint64, the key of the row's random draws, different for every row.
     """
 
     a_starts: Ints
@@ -55,6 +62,17 @@ class Instances:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def order(self) -> draws.Keys:
+        """uint64: rows are written in ascending order of this hash, which shuffles them."""
+        return draws.fold(self.keys, draws.SHUFFLE)
+
+    @property
+    def lengths(self) -> Ints:
+        """Positions of each row that are not padding, special tokens included."""
+        b = self.b_lengths.astype(np.int64)
+        return self.a_lengths + b + np.where(b > 0, 3, 2)
 
     def take(self, rows: NDArray[np.int64] | slice) -> Instances:
         """The instances of ``rows``, in that order."""
@@ -81,21 +99,40 @@ class _Lanes:
     keys: draws.Keys
 
     def advance(self, positions: Ints) -> _Lanes:
-        """Move to ``positions`` and drop the lanes that reached the end of their document."""
+        """The lanes at ``positions``, without those that have reached their end."""
+        moved = dataclasses.replace(self, positions=positions)
         left = positions < self.ends
-        return _Lanes(self.documents[left], positions[left], self.ends[left], self.targets[left], self.keys[left])
+        return moved if left.all() else _Lanes(*(getattr(moved, field.name)[left] for field in dataclasses.fields(moved)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunks:
+    """Chunks of lanes, before B is chosen: ``starts`` to ``stops`` in tokens, A ends at ``a_stops``."""
+
+    documents: Ints
+    starts: Ints
+    a_stops: Ints
+    stops: Ints
+    targets: Ints
+    random: NDArray[np.bool_]
+    keys: draws.Keys
 
 
 def make_instances(text: TokenText, options: RecordOptions, shard: str) -> Instances:
-    """All instances of a shard, shuffled by its key.
+    """All instances of a shard in memory, in the order of their rows; errors as :func:`instance_blocks`."""
+    instances = Instances.concatenate(list(instance_blocks(text, options, shard)))
+    return instances.take(np.argsort(instances.order, kind="stable"))
+
+
+def instance_blocks(text: TokenText, options: RecordOptions, shard: str) -> Iterator[Instances]:
+    """Make the instances of a shard, some ten thousand at a time.
 
     Args:
-        text: the tokenised shard, two documents or more.
-        options: lengths, probabilities, copies, seed.
+        text: the tokens.
+        options: lengths, copies, seed.
         shard: the shard's file name; with the seed it decides every draw.
 
-    Raises:
-        DataError: the shard has one document only.
+    Raises :class:`DataError` for a text with a single document (no other document to take a random B from).
     """
     if text.documents < 2:
         raise DataError(
@@ -103,26 +140,31 @@ def make_instances(text: TokenText, options: RecordOptions, shard: str) -> Insta
             "documents by blank lines, or make fewer shards so that each holds at least two"
         )
     shard_key = draws.shard_key(options.random_seed, shard)
-    lanes = _start_lanes(text, options, shard_key)
-    chunks: list[Instances] = []
-    while len(lanes.documents):
-        made, positions = _make_chunk(text, options, lanes, len(chunks))
-        chunks.append(made)
-        lanes = lanes.advance(positions)
-    instances = Instances.concatenate(chunks)
-    chunks.clear()
-    return instances.take(draws.permutation(shard_key, len(instances)))
+    longest = options.max_seq_length - 3
+    step = max(1, LANES_PER_BLOCK // options.dupe_factor)
+    for first in range(0, text.documents, step):
+        lanes = _start_lanes(text, options, shard_key, first, min(first + step, text.documents))
+        number, waiting, rows = 0, list[_Chunks](), 0
+        while len(lanes.documents):
+            chunks, positions = _next_chunks(text, lanes, number, longest)
+            waiting.append(chunks)
+            rows += len(positions)
+            number, lanes = number + 1, lanes.advance(positions)
+            if rows >= INSTANCES_PER_BLOCK or not len(lanes.documents):
+                yield _choose_b(text, waiting, longest)
+                waiting, rows = [], 0
 
 
-def _start_lanes(text: TokenText, options: RecordOptions, shard_key: draws.Keys) -> _Lanes:
-    edges, count = text.document_tokens, text.documents
-    documents = np.tile(np.arange(count), options.dupe_factor)
-    copies = np.repeat(np.arange(options.dupe_factor), count)
+def _start_lanes(text: TokenText, options: RecordOptions, shard_key: draws.Keys, first: int, last: int) -> _Lanes:
+    """The lanes of documents ``first`` to ``last - 1``, every copy of them."""
+    edges = text.sentence_edges[text.document_edges[first : last + 1]]
+    documents = np.tile(np.arange(first, last), options.dupe_factor)
+    copies = np.repeat(np.arange(options.dupe_factor), last - first)
     keys = draws.fold(draws.fold(shard_key, documents), copies)
     longest = options.max_seq_length - 3
     short = draws.uniform(keys, draws.SHORT) < options.short_seq_prob
     targets: Ints = np.where(short, 2 + draws.below(keys, draws.SHORT_LENGTH, longest - 1), longest)
-    return _Lanes(documents, edges[documents], edges[documents + 1], targets, keys)
+    return _Lanes(documents, edges[documents - first], edges[documents - first + 1], targets, keys)
 
 
 def _take_up_to(text: TokenText, starts: Ints, wanted: Ints, longest: int, document_ends: Ints) -> Ints:
@@ -149,55 +191,53 @@ def _split(text: TokenText, starts: Ints, stops: Ints, keys: draws.Keys, longest
     return np.where(inside > 0, edges[chosen], np.where(piece, starts + (stops - starts) // 2, stops))
 
 
-def _random_segments(text: TokenText, lanes: _Lanes, keys: draws.Keys, room: Ints, longest: int) -> tuple[Ints, Ints]:
-    """For every lane sentences of another document, from a random one on, that fill ``room`` tokens (at least one)."""
-    others = draws.below(keys, draws.RANDOM_DOCUMENT, text.documents - 1)
-    others += others >= lanes.documents
-    low, high = text.document_edges[others], text.document_edges[others + 1]
-    starts = text.sentence_edges[low + draws.below(keys, draws.RANDOM_START, high - low)]
-    return starts, _take_up_to(text, starts, np.maximum(room, 1), longest, text.document_tokens[others + 1])
-
-
-def _make_chunk(text: TokenText, options: RecordOptions, lanes: _Lanes, number: int) -> tuple[Instances, Ints]:
-    """The next chunk of every lane as an instance, and where each lane goes on."""
-    longest = options.max_seq_length - 3
+def _next_chunks(text: TokenText, lanes: _Lanes, number: int, longest: int) -> tuple[_Chunks, Ints]:
+    """The next chunk of every lane, and where each lane goes on: behind A if B is random, else behind B."""
     starts, keys = lanes.positions, draws.fold(lanes.keys, number)
     stops = _take_up_to(text, starts, lanes.targets, longest, lanes.ends)
     a_stops = _split(text, starts, stops, keys, longest)
-    forced = a_stops == stops
-    random = forced | (draws.uniform(keys, draws.IS_RANDOM) < 0.5)
-    b_starts, b_stops = _random_segments(text, lanes, keys, lanes.targets - (a_stops - starts), longest)
-    a = (starts, a_stops - starts)
-    b = (np.where(random, b_starts, a_stops), np.where(random, b_stops - b_starts, stops - a_stops))
-    made = _trim(keys, longest, a, b, random, forced)
-    return made, np.where(random, a_stops, stops)
+    random = (a_stops == stops) | (draws.uniform(keys, draws.IS_RANDOM) < 0.5)
+    return _Chunks(lanes.documents, starts, a_stops, stops, lanes.targets, random, keys), np.where(random, a_stops, stops)
 
 
-def _trim(
-    keys: draws.Keys,
-    longest: int,
-    a: tuple[Ints, Ints],
-    b: tuple[Ints, Ints],
-    random: NDArray[np.bool_],
-    forced: NDArray[np.bool_],
-) -> Instances:
-    """Cut A and B (starts, lengths) to ``longest`` tokens together.
+def _choose_b(text: TokenText, parts: list[_Chunks], longest: int) -> Instances:
+    """Chunks to instances: B from another document where it is random, both sides cut until the row fits."""
+    chunks = _Chunks(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(_Chunks)))
+    b_starts, b_lengths = chunks.a_stops.copy(), chunks.stops - chunks.a_stops
+    rows = np.flatnonzero(chunks.random)
+    room = (chunks.targets - (chunks.a_stops - chunks.starts))[rows]
+    starts, stops = _random_segments(text, chunks.documents[rows], chunks.keys[rows], room, longest)
+    b_starts[rows], b_lengths[rows] = starts, stops - starts
+    return _trim(chunks, b_starts, b_lengths, longest)
+
+
+def _random_segments(text: TokenText, documents: Ints, keys: draws.Keys, room: Ints, longest: int) -> tuple[Ints, Ints]:
+    """Sentences of another document than ``documents``, from a random one on, that fill ``room`` tokens (at least one)."""
+    others = draws.below(keys, draws.RANDOM_DOCUMENT, text.documents - 1)
+    others += others >= documents
+    low, high = text.document_edges[others], text.document_edges[others + 1]
+    starts = text.sentence_edges[low + draws.below(keys, draws.RANDOM_START, high - low)]
+    return starts, _take_up_to(text, starts, np.maximum(room, 1), longest, text.sentence_edges[high])
+
+
+def _trim(chunks: _Chunks, b_starts: Ints, b_lengths: Ints, longest: int) -> Instances:
+    """Cut A and B to ``longest`` tokens together.
 
     BERT removes one token at a time from the longer side (B when equal), from its front or back by a coin. In closed
     form: first the longer side down to the shorter one, then both in turn; the number taken from the front is binomial.
     """
-    (a_starts, a_lengths), (b_starts, b_lengths) = a, b
+    a_lengths = chunks.a_stops - chunks.starts
     excess = np.maximum(a_lengths + b_lengths - longest, 0)
     uneven = np.minimum(excess, np.abs(a_lengths - b_lengths))
     even = excess - uneven
     from_a = np.where(a_lengths > b_lengths, uneven, 0) + even // 2
     from_b = np.where(a_lengths > b_lengths, 0, uneven) + (even + 1) // 2
     return Instances(
-        a_starts=a_starts + draws.heads(keys, draws.TRIM_A, from_a),
+        a_starts=chunks.starts + draws.heads(chunks.keys, draws.TRIM_A, from_a),
         a_lengths=(a_lengths - from_a).astype(np.uint16),
-        b_starts=b_starts + draws.heads(keys, draws.TRIM_B, from_b),
+        b_starts=b_starts + draws.heads(chunks.keys, draws.TRIM_B, from_b),
         b_lengths=(b_lengths - from_b).astype(np.uint16),
-        labels=random.astype(np.int8),
-        forced=forced,
-        keys=keys,
+        labels=chunks.random.astype(np.int8),
+        forced=chunks.a_stops == chunks.stops,
+        keys=chunks.keys,
     )

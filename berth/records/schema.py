@@ -12,7 +12,7 @@ import dataclasses
 import numpy as np
 
 FORMAT = "berth records"  # attribute "format"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: rows in the order of a hash of their keys
 ROWS_PER_CHUNK = 1024
 SUFFIX = ".hdf5"
 
@@ -25,6 +25,19 @@ DATASETS: dict[str, tuple[np.dtype, str]] = {
     "masked_lm_ids": (np.dtype("<i4"), "P"),
     "next_sentence_labels": (np.dtype("i1"), ""),
 }
+
+# the layout "packed" stores no padding: all rows end to end, [T] tokens of N rows with M masked positions
+# name -> (type on disk, items: "T", "M", "N" or "N + 1"); input_ids is uint16 for vocabularies up to 65,536 pieces, else int32
+PACKED_DATASETS: dict[str, tuple[np.dtype, str]] = {
+    "input_ids": (np.dtype("<u2"), "T"),
+    "row_offsets": (np.dtype("<i8"), "N + 1"),
+    "first_lengths": (np.dtype("<i4"), "N"),
+    "masked_lm_positions": (np.dtype("<i4"), "M"),
+    "masked_lm_ids": (np.dtype("<i4"), "M"),
+    "masked_offsets": (np.dtype("<i8"), "N + 1"),
+    "next_sentence_labels": (np.dtype("i1"), "N"),
+}
+ITEMS_PER_CHUNK = 1 << 16  # of the packed layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from berth.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
+_ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
 def invalid_utf8(path: Path, offset: int, byte: int) -> DataError:
@@ -27,15 +28,10 @@ def invalid_utf8(path: Path, offset: int, byte: int) -> DataError:
     )
 
 
-def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
-    """Yield the decoded text of ``path`` in pieces of about 1 MiB that end at a line end (the last one may not).
-
-    ``start`` and ``stop`` (bytes, where lines begin; ``None``: the end) read a part of it. Line ends are normalised to ``\\n`` and a leading byte order mark is removed. Raises :class:`DataError` at the first
-    invalid byte and for a path that cannot be read as a file.
-    """
+def _decoded(path: Path, start: int, stop: int | None) -> Iterator[str]:
+    """The text of ``path`` between two byte offsets, about 1 MiB at a time, line ends as ``\\n``."""
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    pending: list[str] = []
     offset, first = start, start == 0
     if not path.is_file():
         raise DataError(f"{path}: no such text file")
@@ -52,16 +48,59 @@ def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> Iterator
             if first and text:
                 text, first = text.removeprefix("\ufeff"), False
             text = newlines.decode(text, final=not block)
-            head, end, tail = text.rpartition("\n")
-            if end:
-                yield "".join(pending) + head + end
-                pending = []
-            if tail:
-                pending.append(tail)
+            if text:
+                yield text
             if not block:
-                break
+                return
+
+
+def read_blocks(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Yield the decoded text of ``path`` in pieces of about 1 MiB that end at a line end (the last one may not).
+
+    ``start`` and ``stop`` (bytes, where lines begin; ``None``: the end) read a part of it. Line ends are normalised to
+    ``\\n`` and a leading byte order mark is removed. Raises :class:`DataError` at the first invalid byte and for a path that
+    cannot be read as a file.
+    """
+    pending: list[str] = []
+    for text in _decoded(path, start, stop):
+        head, end, tail = text.rpartition("\n")
+        if end:
+            yield "".join(pending) + head + end
+            pending = []
+        if tail:
+            pending.append(tail)
     if pending:
         yield "".join(pending)
+
+
+def _word_edge(text: str) -> int:
+    """Where a long piece of a line may be cut without cutting a word: behind white space, else behind a character that BERT
+    sets apart (punctuation, CJK), else at its end: what has neither for so long is no word but becomes ``[UNK]`` anyway."""
+    edge = max(text.rfind(" "), text.rfind("\t"), text.rfind("\u3000")) + 1
+    if edge:
+        return edge
+    for at in range(len(text) - 1, max(0, len(text) - (1 << 16)), -1):
+        if "\u3400" <= text[at] <= "\u9fff" or text[at] in _ASCII_PUNCTUATION:
+            return at + 1
+    return len(text)
+
+
+def read_pieces(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """As :func:`read_blocks`, but a line longer than 1 MiB comes in several pieces that end between two words.
+
+    Memory stays the same however long a line is. Lines are ended by ``\\n``; a piece without one at its end is continued.
+    """
+    pending = ""
+    for text in _decoded(path, start, stop):
+        pending += text
+        cut = pending.rfind("\n") + 1
+        if not cut and len(pending) >= BLOCK_BYTES:
+            cut = _word_edge(pending)
+        if cut:
+            yield pending[:cut]
+            pending = pending[cut:]
+    if pending:
+        yield pending
 
 
 def read_lines(path: Path) -> Iterator[str]:
@@ -97,12 +136,12 @@ def _walk(root: Path) -> Iterator[tuple[Path, list[os.DirEntry[str]]]]:
         yield folder, entries
 
 
-def text_files(path: Path) -> list[Path]:
-    """The text files of ``path``: itself, or every ``*.txt`` below a folder sorted by relative path.
+def text_files(path: Path, suffixes: tuple[str, ...] = (".txt",)) -> list[Path]:
+    """The text files of ``path``: itself, or every file with one of ``suffixes`` below a folder, sorted by relative path.
 
     Links to folders are followed, each folder is read once. Names that start with a dot are left out (temporary files,
-    macOS resource forks). Raises :class:`DataError` when the path is missing, a folder below it cannot be read, a ``.txt``
-    is a link to nothing, or there is no text file.
+    macOS resource forks). Raises :class:`DataError` when the path is missing, a folder below it cannot be read, such a
+    file is a link to nothing, or there is none.
     """
     if path.is_file():
         return [path]
@@ -111,14 +150,15 @@ def text_files(path: Path) -> list[Path]:
     relative = []
     for folder, entries in _walk(path):
         for entry in entries:
-            if Path(entry.name).suffix.lower() != ".txt" or entry.is_dir():
+            if Path(entry.name).suffix.lower() not in suffixes or entry.is_dir():
                 continue
             if not entry.is_file():
                 raise DataError(f"{folder / entry.name}: not a file, or a link to a file that does not exist; remove it")
             relative.append((folder / entry.name).relative_to(path))
     files = [path / name for name in sorted(relative, key=lambda name: name.as_posix())]
     if not files:
-        raise DataError(f"{path}: no .txt file in this folder or below; put the text there as UTF-8 .txt files")
+        kinds = " or ".join(suffixes)
+        raise DataError(f"{path}: no {kinds} file in this folder or below; put the text there as UTF-8 {kinds} files")
     return files
 
 
