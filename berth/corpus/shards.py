@@ -1,39 +1,42 @@
 """Sentences to shards of equal size, training and test apart.
 
-In: a sentences file (one sentence a line, blank lines between documents). Out, in one folder: ``<prefix>_training_<i>.txt``
-and ``<prefix>_test_<i>.txt`` in the same format.
+In: sentences, one file or a folder of parts (one sentence a line, blank lines between documents). Out, in one folder:
+``<prefix>_training_<i>.txt`` and ``<prefix>_test_<i>.txt`` in the same format.
 
-Two passes, so that memory does not grow with the text: the first notes where each document lies and how long it is (28
-bytes a document), the second copies. Documents stay whole. The test set is a random choice of documents (by ``seed``) of
-the asked share of the bytes; then the largest document goes to the least filled shard, and so on. Every shard gets at
-least two documents: a random next sentence must come from another document of the same shard.
+Two passes, so that memory does not grow with the text: the first notes where each document lies and how long it is (32
+bytes a document), the second copies; both by several processes. Documents stay whole. The test set is a random choice of
+documents (by ``seed``) of the asked share of the bytes; then the largest document goes to the least filled shard, and so on.
+Every shard gets at least two documents: a random next sentence must come from another document of the same shard.
 
-All shards appear together: they are written under temporary names and synced; only then the manifest
-(:mod:`berth.corpus.shardset`) is marked incomplete, shards of an earlier run are removed, the new ones renamed and the
-manifest completed. A run killed in between leaves a folder that is refused until sharding is run again.
+The copying is a stage of :mod:`berth.corpus.parts`: finished shards are not written again after an interruption. While it runs,
+the set's manifest (:mod:`berth.corpus.shardset`) says incomplete, so a folder in which old and new shards may be mixed is
+refused until sharding is run again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import hashlib
 import heapq
-import os
 import re
 from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from berth.corpus.parts import Span, Task, cut_file, run_stage
 from berth.corpus.shardset import shard_prefix, write_manifest
 from berth.errors import ConfigError, DataError
-from berth.files import atomic_path, fsync_directory, remove_dead_leftovers
-from berth.text.lines import invalid_utf8
+from berth.files import fsync_directory, remove_dead_leftovers, sha256_json
+from berth.text.lines import invalid_utf8, text_files
+from berth.workers import map_processes
 
 MIN_DOCUMENTS = 2  # a shard: fewer, and no random next sentence exists
 _COPY_BYTES = 1 << 20
+_INDEX_BYTES = 64 << 20  # text indexed by one process at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,33 +54,40 @@ class ShardCounts:
     smallest_shard: int
     largest_shard: int
     stale_removed: int
+    shards_kept: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DocumentIndex:
-    """Where the documents of a sentences file lie. All arrays are int64 [documents]; offsets and sizes in bytes."""
+    """Where the documents of sentences files lie. All arrays are int64 [documents]; offsets and sizes in bytes.
+
+    ``files`` numbers the file of each document. ``digest`` is of all the bytes that were read.
+    """
 
     starts: NDArray[np.int64]
     sizes: NDArray[np.int64]
     sentences: NDArray[np.int64]
+    files: NDArray[np.int64]
+    digest: str
 
 
-def index_documents(path: Path) -> DocumentIndex:
-    """Read a sentences file once and locate its documents.
-
-    Any number of blank lines (white space only) parts two documents; the last needs none after it. Raises
-    :class:`DataError` for a missing file, bytes that are not UTF-8 (with their offset) and a file without text.
-    """
-    starts, sizes, sentences = array("q"), array("q"), array("q")
-    offset = start = end = lines = 0
-    if not path.is_file():
-        raise DataError(f"{path}: no such sentences file; make it with data/sentences.py")
-    with open(path, "rb") as handle:
-        for raw in handle:
+def _index_span(numbered: tuple[int, Span]) -> tuple[int, bytes, NDArray[np.int64]]:
+    """Locate the documents of one span: its number, the digest of its bytes, int64 [3, documents] (start, size, sentences)."""
+    number, span = numbered
+    columns = array("q")
+    digest = hashlib.sha256()
+    offset, start, end, lines = span.start, 0, 0, 0
+    with open(span.file, "rb") as handle:
+        handle.seek(span.start)
+        while offset < span.stop:
+            raw = handle.readline()
+            if not raw:
+                raise DataError(f"{span.file} became shorter while it was being read; run again when nobody writes to it")
+            digest.update(raw)
             try:
                 text = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise invalid_utf8(path, offset + error.start, raw[error.start]) from None
+                raise invalid_utf8(span.file, offset + error.start, raw[error.start]) from None
             if not offset:
                 text = text.removeprefix("\ufeff")
             if text.strip():
@@ -86,18 +96,28 @@ def index_documents(path: Path) -> DocumentIndex:
                 lines += 1
                 end = offset + len(raw)
             elif lines:
-                starts.append(start)
-                sizes.append(end - start)
-                sentences.append(lines)
+                columns.extend((start, end - start, lines))
                 lines = 0
             offset += len(raw)
     if lines:
-        starts.append(start)
-        sizes.append(end - start)
-        sentences.append(lines)
-    if not starts:
-        raise DataError(f"{path}: no sentence in it (every line is blank)")
-    return DocumentIndex(*(np.frombuffer(column, np.int64) for column in (starts, sizes, sentences)))
+        columns.extend((start, end - start, lines))
+    return number, digest.digest(), np.frombuffer(columns, np.int64).reshape(-1, 3).T
+
+
+def index_documents(files: Sequence[Path], processes: int = 1) -> DocumentIndex:
+    """Read sentences files once and locate their documents.
+
+    Any number of blank lines (white space only) parts two documents; the end of a file ends its last one. Raises
+    :class:`DataError` for bytes that are not UTF-8 (with their offset) and when there is no text.
+    """
+    spans = [(number, span) for number, file in enumerate(files) for span in cut_file(file, "blank_line", _INDEX_BYTES)]
+    found = sorted(map_processes(_index_span, list(enumerate(span for _, span in spans)), processes), key=lambda made: made[0])
+    columns = [np.concatenate([made, np.full((1, made.shape[1]), spans[number][0])]) for number, _, made in found]
+    table = np.concatenate([np.zeros((4, 0), np.int64), *columns], axis=1)
+    if not table.shape[1]:
+        raise DataError(f"{files[0]}: no sentence in {len(files)} file(s): every line is blank")
+    digest = hashlib.sha256(b"".join(part for _, part, _ in found)).hexdigest()
+    return DocumentIndex(table[0], table[1], table[2], table[3], digest)
 
 
 def _choose_test(sizes: NDArray[np.int64], order: NDArray[np.int64], fraction: float, least: int, most: int) -> list[int]:
@@ -179,35 +199,46 @@ def plan_shards(
     return _balance(rest, sizes, training), _balance(chosen, sizes, test) if test else []
 
 
-def _copy_shard(source: IO[bytes], target: IO[bytes], index: DocumentIndex, documents: list[int]) -> int:
-    """Copy ``documents`` to one shard; line ends become LF. Returns the bytes written."""
-    written = 0
-    for number, document in enumerate(documents):
-        if number:
-            written += target.write(b"\n")
-        source.seek(int(index.starts[document]))
-        left = int(index.sizes[document])
-        last = b""
-        while left:
-            piece = source.read(min(left, _COPY_BYTES))
-            if not piece:
-                raise DataError("the sentences file became shorter while it was being sharded; run again")
-            left -= len(piece)
-            last = piece[-1:]
-            written += target.write(piece.replace(b"\r\n", b"\n").replace(b"\r", b" "))
-        if last != b"\n":
-            written += target.write(b"\n")
-    return written
+@dataclasses.dataclass(frozen=True)
+class _Copier:
+    """Writes one shard. Payload: int64 [3, documents]: file number, start, size."""
+
+    files: tuple[Path, ...]
+
+    def __call__(self, payload: NDArray[np.int64], output: IO[str]) -> Mapping[str, int]:
+        target: IO[bytes] = output.buffer  # type: ignore[attr-defined]
+        for place, (number, start, size) in enumerate(payload.T.tolist()):
+            if place:
+                target.write(b"\n")
+            with open(self.files[number], "rb") as source:
+                source.seek(start)
+                _copy_document(source, size, target)
+        return {"documents": payload.shape[1]}
 
 
-def _remove_stale(folder: Path, prefix: str, keep: set[str]) -> int:
-    """Delete shards of ``prefix`` in ``folder`` that are not in ``keep``; returns how many."""
-    stale = [path for path in folder.iterdir() if shard_prefix(path.name) == prefix and path.name not in keep]
-    for path in stale:
-        path.unlink()
-    if stale:
-        fsync_directory(folder)
-    return len(stale)
+def _copy_document(source: IO[bytes], left: int, target: IO[bytes]) -> None:
+    """Copy ``left`` bytes; line ends become LF, and there is one at the end."""
+    last = b""
+    while left:
+        piece = source.read(min(left, _COPY_BYTES))
+        if not piece:
+            raise DataError("the sentences became shorter while they were being sharded; run again when nobody writes to them")
+        left -= len(piece)
+        last = piece[-1:]
+        target.write(piece.replace(b"\r\n", b"\n").replace(b"\r", b" "))
+    if last != b"\n":
+        target.write(b"\n")
+
+
+def _sentence_files(source: Path, folder: Path, prefix: str) -> list[Path]:
+    """The sentences to shard. Raises :class:`ConfigError` when one of them looks like a shard of this output."""
+    if not source.exists():
+        raise DataError(f"{source}: no such sentences file or folder; make it with data/sentences.py")
+    files = text_files(source)
+    for file in files:
+        if file.resolve().parent == folder.resolve() and (source.is_dir() or file.name.startswith(prefix + "_")):
+            raise ConfigError(f"--input {file} lies among the shards of this output; use another --prefix or --output_dir")
+    return files
 
 
 def make_shards(
@@ -218,27 +249,21 @@ def make_shards(
     test: int,
     fraction_test_set: float,
     seed: int,
+    processes: int = 1,
 ) -> ShardCounts:
-    """Write the shards of a sentences file to ``output_dir`` (see the module). The same arguments give the same bytes.
+    """Write the shards of sentences (a file, or a folder of parts) to ``output_dir``. The same arguments give the same bytes.
 
     Raises:
         ConfigError: numbers or prefix are wrong, or the input is itself a shard name of this run.
         DataError: input missing, not UTF-8, empty, or with too few documents; the folder holds shards of another prefix.
-        OSError: the folder cannot be written; the shards then are what they were before.
+        OSError: the folder cannot be written; the set is then marked incomplete, or was not touched.
     """
     source, folder = Path(sentences), Path(output_dir)
     if not re.fullmatch(r"[^\s/\\.][^/\\\n]*", prefix):
         raise ConfigError(f"--prefix {prefix!r} must be a plain file name without '/' that does not start with a dot")
-    index = index_documents(source)
+    files = _sentence_files(source, folder, prefix)
+    index = index_documents(files, processes)
     plans = plan_shards(index.sizes, training, test, fraction_test_set, seed)
-    named = [
-        (f"{prefix}_{split}_{number}.txt", documents)
-        for split, plan in zip(("training", "test"), plans, strict=True)
-        for number, documents in enumerate(plan)
-    ]
-    names = {name for name, _ in named}
-    if source.resolve().parent == folder.resolve() and source.name.startswith(prefix + "_"):
-        raise ConfigError(f"--input {source} looks like a shard of this output; use another --prefix or --output_dir")
     if folder.is_dir():
         others = sorted(path.name for path in folder.iterdir() if shard_prefix(path.name) not in (None, prefix))
         if others:
@@ -246,19 +271,27 @@ def make_shards(
                 f"{folder} holds shards of another prefix ({others[0]}); training would mix them in: use another "
                 "--output_dir, or move them away"
             )
+    table = np.stack([index.files, index.starts, index.sizes])
+    tasks = [
+        Task(f"{prefix}_{split}_{number}.txt", table[:, documents], sha256_json([index.digest, number, split]))
+        for split, plan in zip(("training", "test"), plans, strict=True)
+        for number, documents in enumerate(plan)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
     remove_dead_leftovers(folder, lambda name: shard_prefix(name) == prefix)
-    written: list[int] = []
-    with contextlib.ExitStack() as renames, open(source, "rb") as handle:
-        for name, documents in named:
-            temporary = renames.enter_context(atomic_path(folder / name))
-            with open(temporary, "wb") as target:
-                written.append(_copy_shard(handle, target, index, documents))
-                target.flush()
-                os.fsync(target.fileno())
-        write_manifest(folder, prefix, None)
-        stale = _remove_stale(folder, prefix, names)
-    sizes = {name: {"bytes": size, "documents": len(documents)} for (name, documents), size in zip(named, written, strict=True)}
+    write_manifest(folder, prefix, None)
+    options: dict[str, Any] = {
+        "n_training_shards": training, "n_test_shards": test, "fraction_test_set": fraction_test_set, "seed": seed, "prefix": prefix,
+    }  # fmt: skip
+    keep = {task.name for task in tasks}
+    stale = [path for path in folder.iterdir() if shard_prefix(path.name) == prefix and path.name not in keep]
+    made = run_stage("shards", folder, tasks, _Copier(tuple(files)), options, processes, total=len(tasks))
+    for path in stale:
+        path.unlink(missing_ok=True)
+    fsync_directory(folder)
+    sizes = {task.name: {"bytes": (folder / task.name).stat().st_size, "documents": task.payload.shape[1]} for task in tasks}
     write_manifest(folder, prefix, sizes)
+    written = [sizes[task.name]["bytes"] for task in tasks]
     return ShardCounts(
         documents=len(index.sizes),
         sentences=int(index.sentences.sum()),
@@ -270,5 +303,6 @@ def make_shards(
         test_bytes=sum(written[training:]),
         smallest_shard=min(written[:training]),
         largest_shard=max(written[:training]),
-        stale_removed=stale,
+        stale_removed=len(stale),
+        shards_kept=made.kept,
     )

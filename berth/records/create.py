@@ -30,7 +30,6 @@ from berth.records.masking import RowMaker
 from berth.records.options import RecordOptions
 from berth.records.pairs import instance_blocks
 from berth.records.schema import FORMAT, FORMAT_VERSION, ROWS_PER_CHUNK, SUFFIX, RecordCounts
-from berth.records.spool import spool_folder
 from berth.records.tokens import TokenText, tokenize_files
 from berth.records.writer import Attribute, FilePlan, RecordsWriter, open_records
 from berth.text.lines import check_output
@@ -202,7 +201,7 @@ def _plan_files(job: Job, lengths: Sequence[int]) -> list[FilePlan]:
 def _make_instances(job: Job, text: TokenText) -> StoredInstances:
     """All instances of the job, on disk."""
     blocks = chunk_blocks if job.options.objective == "mlm" else instance_blocks
-    spool = InstanceSpool(spool_folder(job.output), job.options.max_seq_length)
+    spool = InstanceSpool(job.output, job.options.max_seq_length)
     for block in blocks(text, job.options, job.name):
         spool.append(block)
         text.release()
@@ -249,7 +248,7 @@ def run_job(job: Job, overwrite: bool = False) -> Result:
     done = _finished(job, attributes, overwrite)
     if done is not None:
         return Result(job.output, *done, size, True, time.perf_counter() - start)
-    text = tokenize_files(job.files, vocabulary, options.lowercase, spool_folder(job.output))
+    text = tokenize_files(job.files, vocabulary, options.lowercase, job.output)
     instances = _make_instances(job, text)
     maker = RowMaker(vocabulary, options, separators(text) if options.objective == "mlm" else None)
     plans = _plan_files(job, instances.lengths.tolist())

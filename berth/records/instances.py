@@ -32,8 +32,8 @@ _STORED = np.dtype(
 class InstanceSpool:
     """Takes blocks of instances; :meth:`finish` gives them back sorted. ``lengths`` counts the rows of every length."""
 
-    def __init__(self, folder: Path, max_seq_length: int) -> None:
-        self.spool = Spool(folder, _STORED)
+    def __init__(self, output: Path, max_seq_length: int) -> None:
+        self.spool = Spool(output, _STORED)
         self.lengths: NDArray[np.int64] = np.zeros(max_seq_length + 1, np.int64)
         self.runs: list[NDArray[np.int64]] = []
 

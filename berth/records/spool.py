@@ -36,23 +36,24 @@ class Mapped:
 
 
 class Spool:
-    """An array of one type that is appended to, then mapped. ``folder`` is where the unnamed file lives."""
+    """An array of one type that is appended to, then mapped; its unnamed file lies beside ``output``, which names errors."""
 
-    def __init__(self, folder: Path, dtype: np.dtype | type) -> None:
+    def __init__(self, output: Path, dtype: np.dtype | type) -> None:
         self.dtype = np.dtype(dtype)
         self.items = 0
-        self.folder = folder
-        self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, prefix=".berth-spool-", buffering=0)  # noqa: SIM115
+        self.output = output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._file: IO[bytes] = tempfile.TemporaryFile(dir=output.parent, prefix=".berth-spool-", buffering=0)  # noqa: SIM115
 
     def append(self, values: NDArray) -> None:
-        """Write ``values`` behind what is there. Raises ``OSError`` (disk full) with the folder as its file name."""
+        """Write ``values`` behind what is there. Raises ``OSError`` (disk full) with ``output`` as its file name."""
         data = np.ascontiguousarray(values, self.dtype).data.cast("B")
         done = 0
         try:
             while done < len(data):
                 done += self._file.write(data[done:])
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.folder)) from None
+            raise OSError(error.errno, error.strerror, str(self.output)) from None
         self.items += len(values)
 
     def finish(self) -> Mapped:
@@ -63,9 +64,3 @@ class Spool:
         source = mmap.mmap(self._file.fileno(), self.items * self.dtype.itemsize, prot=mmap.PROT_READ)
         self._file.close()
         return Mapped(np.frombuffer(source, self.dtype), source)
-
-
-def spool_folder(output: Path) -> Path:
-    """Where the temporary files of ``output`` go: its folder, made if it is not there."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    return output.parent

@@ -145,10 +145,10 @@ class _Words:
 class _Collector:
     """Takes text piece by piece and writes tokens, sentence edges and document edges to spools."""
 
-    def __init__(self, words: _Words, folder: Path, unknown_id: int) -> None:
+    def __init__(self, words: _Words, output: Path, unknown_id: int) -> None:
         self.words, self.unknown_id = words, unknown_id
-        self.ids = Spool(folder, words.dtype)
-        self.sentence_edges, self.document_edges = Spool(folder, np.int64), Spool(folder, np.int64)
+        self.ids = Spool(output, words.dtype)
+        self.sentence_edges, self.document_edges = Spool(output, np.int64), Spool(output, np.int64)
         self.sentence_edges.append(np.zeros(1, np.int64))
         self.document_edges.append(np.zeros(1, np.int64))
         self.tokens = self.closed_sentences = self.unknown = 0
@@ -231,15 +231,15 @@ def _clean(text: str) -> str:
     return drop_controls(text) if any(control in text for control in _SPLITTING_CONTROLS) else text
 
 
-def tokenize_files(files: Sequence[Path], vocabulary: Vocabulary, lowercase: bool, folder: Path | None = None) -> TokenText:
+def tokenize_files(files: Sequence[Path], vocabulary: Vocabulary, lowercase: bool, output: Path | None = None) -> TokenText:
     """Tokenise ``files`` in order; the end of a file ends its last document.
 
-    ``folder`` is where the unnamed files of the result live (default: the system's temporary folder). Raises
+    The unnamed files of the result lie beside ``output`` (default: in the system's temporary folder). Raises
     :class:`DataError` for missing files, invalid UTF-8 and for text in which no token is left; ``OSError`` on a full disk.
     """
     dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     words = _Words(load_tokenizer(vocabulary, lowercase, special_tokens=False), dtype)
-    collector = _Collector(words, folder or Path(tempfile.gettempdir()), vocabulary.unk_id)
+    collector = _Collector(words, output or Path(tempfile.gettempdir()) / "tokens", vocabulary.unk_id)
     for file in files:
         for piece in read_pieces(file):
             collector.add(piece)

@@ -50,7 +50,7 @@ def test_same_seed_same_bytes_other_seed_other_test_set(tmp_path):
 def test_blank_lines_line_ends_and_missing_end(tmp_path):
     path = tmp_path / "s.txt"
     path.write_bytes(b"\xef\xbb\xbfa1\r\na2\r\n\r\n  \r\n\r\nb1\n\n\n\nc1\n\nd1")
-    index = index_documents(path)
+    index = index_documents([path])
     assert index.sentences.tolist() == [2, 1, 1, 1]
     make_shards(path, tmp_path, "t", 2, 0, 0.1, 0)
     found = documents_of(tmp_path / "t_training_0.txt") + documents_of(tmp_path / "t_training_1.txt")
@@ -66,7 +66,7 @@ def test_stale_shards_are_replaced_and_other_files_kept(tmp_path):
     counts = make_shards(tmp_path / "s.txt", out, "text", 3, 0, 0.2, 0)
     assert counts.stale_removed == 4
     assert sorted(path.name for path in out.iterdir()) == [
-        "notes.txt", "text_shards.json", "text_training_0.txt", "text_training_1.txt", "text_training_2.txt",
+        ".shards.lock", "notes.txt", "shards.json", "text_shards.json", "text_training_0.txt", "text_training_1.txt", "text_training_2.txt",
         "text_training_x.txt",
     ]  # fmt: skip
 
@@ -125,19 +125,41 @@ def test_one_document_says_how_documents_are_parted(tmp_path):
         make_shards(tmp_path / "s.txt", tmp_path / "out", "t", 1, 0, 0.1, 0)
 
 
-def test_a_failure_leaves_the_old_shards(tmp_path, monkeypatch):
+def test_a_failure_leaves_the_old_shards_and_refuses_them(tmp_path, monkeypatch):
     sentences_file(tmp_path / "s.txt", 40)
     out = tmp_path / "out"
     make_shards(tmp_path / "s.txt", out, "text", 2, 0, 0.2, 0)
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.glob("*.txt")}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("berth.corpus.shards._copy_shard", full)
+    monkeypatch.setattr("berth.corpus.shards._copy_document", full)
     with pytest.raises(OSError, match="No space"):
         make_shards(tmp_path / "s.txt", out, "text", 4, 1, 0.2, 0)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.glob("*.txt")} == before
+    with pytest.raises(DataError, match="interrupted"):
+        select_shards(out)
+
+
+def test_finished_shards_are_kept_and_a_folder_of_parts_gives_the_same(tmp_path):
+    sentences_file(tmp_path / "s.txt", 40)
+    out = tmp_path / "out"
+    arguments = ("text", 3, 1, 0.2, 0)
+    assert make_shards(tmp_path / "s.txt", out, *arguments).shards_kept == 0
+    before = {path.name: path.read_bytes() for path in out.glob("*.txt")}
+    (out / "text_training_1.txt").unlink()
+    assert make_shards(tmp_path / "s.txt", out, *arguments, processes=2).shards_kept == 3
+    assert {path.name: path.read_bytes() for path in out.glob("*.txt")} == before
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    documents = (tmp_path / "s.txt").read_text().split("\n\n")
+    (parts / "p_0.txt").write_text("\n\n".join(documents[:17]) + "\n")
+    (parts / "p_1.txt").write_text("\n\n".join(documents[17:]))
+    make_shards(parts, tmp_path / "again", *arguments)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.txt")} == before
+    (tmp_path / "s.txt").write_text("Z" + "\n\n".join(documents)[1:])
+    assert make_shards(tmp_path / "s.txt", out, *arguments).shards_kept == 0
 
 
 def test_too_few_documents_names_the_numbers(tmp_path):
@@ -154,15 +176,15 @@ def test_wrong_numbers(numbers):
 
 def test_wrong_files(tmp_path):
     with pytest.raises(DataError, match=r"data/sentences\.py"):
-        index_documents(tmp_path / "none.txt")
+        make_shards(tmp_path / "none.txt", tmp_path / "out", "t", 1, 0, 0.1, 0)
     (tmp_path / "blank.txt").write_text("\n\n")
     with pytest.raises(DataError, match="no sentence"):
-        index_documents(tmp_path / "blank.txt")
+        index_documents([tmp_path / "blank.txt"])
     (tmp_path / "bad.txt").write_bytes(b"good\n\xe1\n")
     with pytest.raises(DataError, match="offset 5"):
-        index_documents(tmp_path / "bad.txt")
+        index_documents([tmp_path / "bad.txt"])
     sentences_file(tmp_path / "t_training_0.txt", 9)
-    with pytest.raises(ConfigError, match="looks like a shard"):
+    with pytest.raises(ConfigError, match="among the shards"):
         make_shards(tmp_path / "t_training_0.txt", tmp_path, "t", 1, 0, 0.1, 0)
     with pytest.raises(ConfigError, match="prefix"):
         make_shards(tmp_path / "t_training_0.txt", tmp_path, "../t", 1, 0, 0.1, 0)

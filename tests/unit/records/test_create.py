@@ -54,7 +54,7 @@ def test_schema_on_disk(tmp_path, data, vocabulary):
     attributes = read_attributes(tmp_path / "a.hdf5")
     counts = result.counts
     assert attributes["vocab_sha256"] == vocabulary.sha256 and attributes["vocab_size"] == vocabulary.size
-    assert attributes["input_name"] == "text.txt" and attributes["format_version"] == 1
+    assert attributes["input_name"] == "text.txt" and attributes["format_version"] == 2
     for name, value in dataclasses.asdict(OPTIONS).items():
         assert attributes["do_lower_case" if name == "lowercase" else name] == value
     assert attributes["count_instances"] == counts.instances == summary.rows
@@ -217,8 +217,8 @@ def test_full_disk_leaves_no_partial_file(tmp_path, data, monkeypatch, old):
     before = output.read_bytes() if old else None
     real = RecordsWriter.append
 
-    def full(self, rows):
-        real(self, rows)
+    def full(self, rows, forced):
+        real(self, rows, forced)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordsWriter, "append", full)

@@ -30,8 +30,10 @@ def document_numbers(text: TokenText, tokens: np.ndarray) -> np.ndarray:
     return np.searchsorted(text.document_tokens, tokens, "right") - 1
 
 
-def untrimmed(keys, longest, a, b, random, forced):
-    return Instances(a[0], a[1], b[0], b[1], random.astype(np.int8), forced, keys)
+def untrimmed(chunks, b_starts, b_lengths, longest):
+    forced = chunks.a_stops == chunks.stops
+    labels = chunks.random.astype(np.int8)
+    return Instances(chunks.starts, chunks.a_stops - chunks.starts, b_starts, b_lengths, labels, forced, chunks.keys)
 
 
 documents_strategy = st.lists(st.lists(st.one_of(st.integers(1, 8), st.integers(1, 60)), min_size=1, max_size=12), min_size=2, max_size=6)
@@ -95,12 +97,12 @@ def reference_trim(a: int, b: int, longest: int) -> tuple[int, int]:
 def test_trim_equals_the_procedure_it_replaces():
     lengths = np.array([(a, b, longest) for a in range(1, 14) for b in range(1, 14) for longest in (2, 5, 9)])
     keys = np.arange(len(lengths), dtype=np.uint64)
-    nothing = np.zeros(len(lengths), bool)
     for longest in (2, 5, 9):
         of = lengths[:, 2] == longest
         a, b = lengths[of, 0], lengths[of, 1]
         starts = np.full(of.sum(), 100)
-        made = pairs._trim(keys[of], longest, (starts, a), (starts, b), nothing[of], nothing[of])
+        nothing = np.zeros(of.sum(), bool)
+        made = pairs._trim(pairs._Chunks(starts, starts, starts + a, starts + a, starts, nothing, keys[of]), starts, b, longest)
         wanted = np.array([reference_trim(x, y, longest) for x, y in zip(a, b, strict=True)])
         assert (a - made.a_lengths == wanted[:, 0]).all() and (b - made.b_lengths == wanted[:, 1]).all()
         assert ((made.a_starts >= 100) & (made.a_starts <= 100 + wanted[:, 0])).all()

@@ -23,9 +23,12 @@ LINES = [
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
-@pytest.mark.parametrize("flush", [1, 400_000])
-def test_equals_line_by_line(tmp_path, monkeypatch, lowercase, flush):
-    monkeypatch.setattr(tokens, "_FLUSH_WORDS", flush)
+@pytest.mark.parametrize(("block", "words", "batch"), [(400, 3, 2), (1 << 20, 300_000, 4000)])
+def test_equals_line_by_line(tmp_path, monkeypatch, lowercase, block, words, batch):
+    """Also when lines are read in pieces, words are forgotten and encoded a few at a time."""
+    monkeypatch.setattr("berth.text.lines.BLOCK_BYTES", block)
+    monkeypatch.setattr(tokens, "MOST_WORDS", words)
+    monkeypatch.setattr(tokens, "_ENCODE_BATCH", batch)
     path = tmp_path / "t.txt"
     path.write_bytes("\n".join(LINES * 3).encode())
     text = tokenize_files([path], VOCABULARY, lowercase)
@@ -35,6 +38,7 @@ def test_equals_line_by_line(tmp_path, monkeypatch, lowercase, flush):
     assert np.diff(text.sentence_edges).tolist() == [len(line) for line in wanted]
     assert not np.isin(text.ids, [0, 2, 3, 4]).any(), "text became a special token"
     assert text.ids.dtype == np.uint16
+    assert text.unknown == np.count_nonzero(text.ids == 1)
 
 
 def test_edges_and_empty_documents(tmp_path):
