@@ -12,6 +12,7 @@ Manifest: ``format``, ``format_version``, ``stage``, ``complete``, ``options``, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -20,7 +21,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -134,7 +135,7 @@ def cut_parts(files: Sequence[Path], boundary: str, stem: str, suffix: str = ".t
     groups: list[list[Span]] = []
     filled = part_bytes
     for span in spans:
-        if filled + (span.stop - span.start) > part_bytes:
+        if not groups or filled + (span.stop - span.start) > part_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(span)
@@ -181,17 +182,18 @@ class _Maker:
     folder: Path
     options_digest: str
     worker: Worker
-    known: Mapping[str, Mapping[str, Any]]
-    joined: frozenset[str]
+    interrupted: bool
 
-    def __call__(self, task: Task) -> tuple[str, dict[str, Any], bool]:
+    def __call__(self, given: tuple[Task, Sequence[tuple[Mapping[str, Any], bool]]]) -> tuple[str, dict[str, Any], bool]:
+        """``given``: the task and what earlier runs made of it: entries, each with whether it lies in the joined file."""
+        task, known = given
         start = time.perf_counter()
         content = task.digest if task.digest is not None else _spans_digest(task.payload)
         digest = sha256_json([content, self.options_digest])
         path = self.folder / task.name
-        known = self.known.get(task.name)
-        if known is not None and known["digest"] == digest and (task.name in self.joined or _has_bytes(path, known["bytes"])):
-            return task.name, dict(known), False
+        for entry, joined in known:
+            if entry["digest"] == digest and (joined or self._is_there(path, entry)):
+                return task.name, dict(entry), False
         with atomic_open(path) as handle:
             counts = dict(self.worker(task.payload, handle))
         entry = {
@@ -203,10 +205,19 @@ class _Maker:
         }
         return task.name, entry, True
 
+    def _is_there(self, path: Path, entry: Mapping[str, Any]) -> bool:
+        """Whether the part is that of ``entry``. After an interruption it may be a newer one that was not yet noted."""
+        return _has_bytes(path, entry["bytes"]) and (not self.interrupted or sha256_file(path) == entry.get("sha256"))
+
 
 def manifest_path(output: Path, stage: str) -> Path:
     """Where the manifest of ``stage`` is: in an output folder, or beside a single output file (a name with a suffix)."""
-    return output.with_name(f"{output.name}.{stage}.json") if output.suffix else output / f"{stage}.json"
+    return output.with_name(f"{output.name}.{stage}.json") if is_single(output) else output / f"{stage}.json"
+
+
+def is_single(output: Path) -> bool:
+    """Whether ``output`` names one file: a name with a suffix that is not an existing folder."""
+    return bool(output.suffix) and not output.is_dir()
 
 
 def _entries(parts: Any) -> dict[str, dict[str, Any]]:
@@ -224,25 +235,37 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else {}
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """Entries of the parts an interrupted run finished; what follows the last line end was cut off by a kill."""
+def _read_journal(path: Path) -> tuple[dict[str, dict[str, Any]], set[str]]:
+    """Entries of the parts an interrupted run finished, and names of all it began (entry ``null``: not finished).
+
+    What follows the last line end was cut off by a kill.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError:
-        return {}
+        return {}, set()
+    begun = set[str]()
     known: dict[str, Any] = {}
     for line in lines:
         try:
             name, entry = json.loads(line)
         except (ValueError, TypeError):
             continue
-        known[str(name)] = entry
-    return _entries(known)
+        if isinstance(name, str) and name and Path(name).name == name:
+            begun.add(name)
+            if entry is not None:
+                known[name] = entry
+    return _entries(known), begun
 
 
-def _joined_places(manifest: Mapping[str, Any], output: Path) -> dict[str, tuple[int, int]]:
-    """Where each part lies in the joined file of a complete run: name -> (offset, bytes); {} if that file is not there."""
+def _joined_places(manifest: Mapping[str, Any], output: Path, interrupted: bool) -> dict[str, tuple[int, int]]:
+    """Where each part lies in the joined file of a complete run: name -> (offset, bytes); {} if that file is not there.
+
+    After an interruption the file may be newer than the manifest, so its bytes are compared.
+    """
     if not manifest.get("complete") or not output.is_file() or output.stat().st_size != manifest.get("bytes"):
+        return {}
+    if interrupted and sha256_file(output) != manifest.get("sha256"):
         return {}
     places, offset, separator = {}, 0, len(str(manifest.get("separator", "")).encode())
     for name, entry in _entries(manifest.get("parts")).items():
@@ -253,28 +276,29 @@ def _joined_places(manifest: Mapping[str, Any], output: Path) -> dict[str, tuple
     return places if offset == manifest.get("bytes") else {}
 
 
-def _copy(source: Path, start: int, size: int, target: IO[bytes]) -> None:
+def _pieces(source: Path, start: int, size: int) -> Iterator[bytes]:
     with open(source, "rb") as handle:
         handle.seek(start)
         while size:
             piece = handle.read(min(size, 1 << 20))
             if not piece:
                 raise DataError(f"{source} became shorter while it was being read; run again when nobody writes to it")
-            target.write(piece)
+            yield piece
             size -= len(piece)
 
 
-def _join(output: Path, sources: Iterable[tuple[Path, int, int]], separator: str) -> None:
-    """Put pieces of files (path, offset, bytes) together as one file; empty ones leave no separator."""
+def _join(output: Path, sources: Iterable[tuple[Path, int, int]], separator: str) -> str:
+    """Put pieces of files (path, offset, bytes) together as one file; empty ones leave no separator. Its SHA-256."""
+    digest = hashlib.sha256()
     with atomic_open(output, "wb") as target:
         empty = True
         for path, start, size in sources:
-            if not size:
-                continue
-            if not empty:
-                target.write(separator.encode())
-            _copy(path, start, size, target)
-            empty = False
+            begin = [separator.encode()] if size and not empty else []
+            for piece in itertools.chain(begin, _pieces(path, start, size)):
+                target.write(piece)
+                digest.update(piece)
+            empty = empty and not size
+    return digest.hexdigest()
 
 
 def run_stage(
@@ -303,7 +327,7 @@ def run_stage(
     Raises:
         LaunchError: another run works on ``output``. Otherwise what ``worker`` and the file system raise; finished parts stay.
     """
-    folder = output.with_name(f".{output.name}.parts") if output.suffix else output
+    folder = output.with_name(f".{output.name}.parts") if is_single(output) else output
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, f".{stage}.lock")
     if not lock.acquire(wait_seconds=2):
@@ -312,7 +336,7 @@ def run_stage(
         result = _Run(stage, output, folder, options, separator).run(tasks, worker, processes, total)
     finally:
         lock.release()
-    if output.suffix:
+    if folder != output:
         shutil.rmtree(folder, ignore_errors=True)
     return result
 
@@ -329,42 +353,73 @@ class _Run:
 
     def run(self, tasks: Iterable[Task], worker: Worker, processes: int, total: int | None) -> StageResult:
         remove_dead_leftovers(self.folder, lambda name: True)
+        interrupted = self.journal.is_file()
         before = _read_manifest(self.manifest)
-        places = _joined_places(before, self.output) if self.single else {}
-        known = {**_entries(before.get("parts")), **_read_journal(self.journal)}
+        old = _entries(before.get("parts"))
+        places = _joined_places(before, self.output, interrupted) if self.single else {}
+        noted, begun = _read_journal(self.journal)
         if before.get("complete") and not self.single:
             write_json(self.manifest, {**before, "complete": False})
-        order: list[str] = []
-        maker = _Maker(self.folder, self.options_digest, worker, known, frozenset(places))
-        entries, made = self._make(maker, _named(tasks, order), processes, total)
-        parts = {name: entries[name] for name in order}
-        unchanged = self.single and not made and list(places) == order
-        if self.single and not unchanged:
-            fresh = {name: (self.folder / name, 0, int(entry["bytes"])) for name, entry in parts.items()}
-            sources = [(self.output, *places[name]) if not fresh[name][0].is_file() else fresh[name] for name in order]
-            _join(self.output, sources, self.separator)
-        elif not self.single:
-            for name in known.keys() - parts.keys():  # of an earlier run with more parts
-                (self.folder / name).unlink(missing_ok=True)
-        return self._finish(parts, made)
 
-    def _make(self, maker: _Maker, tasks: Iterable[Task], processes: int, total: int | None) -> tuple[dict[str, dict[str, Any]], int]:
+        def known(name: str) -> list[tuple[dict[str, Any], bool]]:
+            found = [(noted[name], False)] if name in noted else []
+            return [*found, (old[name], name in places)] if name in old else found
+
+        order: list[str] = []
+        maker = _Maker(self.folder, self.options_digest, worker, interrupted)
+        entries, made = self._make(maker, tasks, known, order, processes, total)
+        parts = {name: entries[name] for name in order}
+        joined = {name for name in places if name in parts and parts[name] == old[name]}
+        sha256 = before.get("sha256")
+        unchanged = (
+            self.single
+            and joined == parts.keys()
+            and list(places) == order
+            and self.output.is_file()
+            and before.get("separator") == self.separator
+        )
+        if self.single and not unchanged:
+            sources = [
+                (self.output, *places[name]) if name in joined else (self.folder / name, 0, int(parts[name]["bytes"])) for name in order
+            ]
+            sha256 = _join(self.output, sources, self.separator)
+        elif not self.single:
+            for name in (old.keys() | begun) - parts.keys():  # of an earlier run with more parts
+                (self.folder / name).unlink(missing_ok=True)
+        return self._finish(parts, made, sha256)
+
+    def _make(
+        self,
+        maker: _Maker,
+        tasks: Iterable[Task],
+        known: Callable[[str], list[tuple[dict[str, Any], bool]]],
+        order: list[str],
+        processes: int,
+        total: int | None,
+    ) -> tuple[dict[str, dict[str, Any]], int]:
         entries: dict[str, dict[str, Any]] = {}
         made = 0
         with open(self.journal, "a", encoding="utf-8", newline="\n") as handle:
             if self.journal.stat().st_size:
                 handle.write("\n")  # a kill may have left half a line
-            results = map_processes(maker, tasks, processes)
-            for name, entry, fresh in tqdm(results, total=total, desc=self.stage, unit="part", disable=not sys.stderr.isatty()):
-                entries[name] = entry
-                made += fresh
-                if fresh:
-                    handle.write(json.dumps([name, entry]) + "\n")
+
+            def begin() -> Iterator[tuple[Task, list[tuple[dict[str, Any], bool]]]]:
+                for task in _named(tasks, order):
+                    handle.write(json.dumps([task.name, None]) + "\n")  # so that a part that is never noted is found again
                     handle.flush()
-                    os.fsync(handle.fileno())
+                    yield task, known(task.name)
+
+            with contextlib.closing(map_processes(maker, begin(), processes)) as results:
+                for name, entry, fresh in tqdm(results, total=total, desc=self.stage, unit="part", disable=not sys.stderr.isatty()):
+                    entries[name] = entry
+                    made += fresh
+                    if fresh:
+                        handle.write(json.dumps([name, entry]) + "\n")
+                        handle.flush()
+                        os.fsync(handle.fileno())
         return entries, made
 
-    def _finish(self, parts: dict[str, dict[str, Any]], made: int) -> StageResult:
+    def _finish(self, parts: dict[str, dict[str, Any]], made: int, sha256: Any) -> StageResult:
         counts: dict[str, int] = {}
         for entry in parts.values():
             for name, value in entry["counts"].items():
@@ -376,7 +431,7 @@ class _Run:
             "counts": counts, "seconds": seconds, "parts": parts,
         }  # fmt: skip
         if self.single:
-            summary.update(bytes=self.output.stat().st_size, separator=self.separator)
+            summary.update(bytes=self.output.stat().st_size, sha256=sha256, separator=self.separator)
         write_json(self.manifest, summary)
         self.journal.unlink(missing_ok=True)
         return StageResult(counts, seconds, made, len(parts) - made, self.output)
