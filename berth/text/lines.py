@@ -17,6 +17,7 @@ from pathlib import Path
 from berth.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
+TEXT_SUFFIX = ".txt"
 _ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
@@ -176,7 +177,7 @@ def check_output(option: str, output: str | Path, inputs: Iterable[str | Path]) 
         if not source.is_dir():
             if _same(target, source):
                 raise ConfigError(f"{option} {output} is also an input and would be overwritten; choose another name")
-        elif target.suffix.lower() == ".txt" and not target.name.startswith("."):
+        elif target.suffix.lower() == TEXT_SUFFIX and not target.name.startswith("."):
             parents = {parent.resolve() for parent in target.resolve().parents}
             if any(folder.resolve() in parents for folder, _ in _walk(source)):
                 raise ConfigError(

@@ -10,7 +10,17 @@ import pytest
 
 from berth.errors import ConfigError, DataError
 from berth.text.tokenizer import load_tokenizer
-from berth.text.training import choose_alphabet, count_words, train_wordpiece
+from berth.text.training import (
+    alphabet_pieces,
+    choose_alphabet,
+    count_words,
+    learn_merges,
+    limit_characters,
+    scale_counts,
+    special_pieces,
+    train_wordpiece,
+    usable_words,
+)
 from berth.text.vocabulary import SPECIAL_TOKENS, Vocabulary
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -87,17 +97,19 @@ def test_limits_are_explained(tmp_path):
     assert not (tmp_path / "v.txt").exists()
 
 
-def test_config_gets_the_real_size(tmp_path):
+@pytest.mark.parametrize("multiple", [8, 1])
+def test_config_gets_the_size_of_the_vocabulary(tmp_path, multiple):
     path = text(tmp_path, 30)
     (tmp_path / "base.json").write_text(json.dumps({"hidden_size": 64, "vocab_size": 30522}))
     done = run(
         "--input", path, "--vocab_size", 5000, "--output", "v.txt", "--cased",
-        "--bert_config", "base.json", "--output_config", "out/config.json", cwd=tmp_path,
+        "--bert_config", "base.json", "--output_config", "out/config.json", "--pad_vocab_to_multiple", multiple, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     size = Vocabulary.load(tmp_path / "v.txt").size
-    assert json.loads((tmp_path / "out/config.json").read_text()) == {"hidden_size": 64, "vocab_size": size}
-    assert size < 5000 and "no more pairs" in done.stdout
+    padded = -(-size // multiple) * multiple
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"hidden_size": 64, "vocab_size": padded}
+    assert size % 8 and size < 5000 and "no more pairs" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -114,3 +126,36 @@ def test_usage_errors(tmp_path, options, code, message):
     done = run("--input", path, "--vocab_size", 500, "--output", "v.txt", *options, cwd=tmp_path)
     assert (done.returncode, message in done.stderr) == (code, True), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_feeding_a_word_as_often_as_it_occurs_is_what_the_trainer_counts(tmp_path):
+    """Merges depend on counts alone: the text itself through the trainer gives those of the counted words."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    path = text(tmp_path)
+    words = count_words([path], False)
+    alphabet, _ = choose_alphabet(words, 1000)
+    initial = [*special_pieces(0), *alphabet_pieces(alphabet)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, min_frequency=2, continuing_subword_prefix="##", show_progress=False,
+        special_tokens=[AddedToken(piece, normalized=False, special=True) for piece in initial],
+    )  # fmt: skip
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learner.train([str(path)], trainer)
+    direct = sorted(learner.get_vocab(), key=learner.get_vocab().get)
+    assert learn_merges(usable_words(words, alphabet), initial, 300, 2) == direct
+    many = [(word, 7 * count) for word, count in usable_words(words, alphabet)]
+    scaled, least, divisor = scale_counts(many, 14, limit=sum(words.values()))
+    assert (scaled, least, divisor) == (usable_words(words, alphabet), 2, 7)
+    assert learn_merges(scaled, initial, 300, least) == direct, "a common factor of all counts changes nothing"
+
+
+def test_alphabet_by_coverage_and_unused_entries():
+    from collections import Counter
+
+    characters = Counter({"a": 90, "b": 8, "c": 1, "d": 1})
+    assert limit_characters(characters, 10, 0.98) == ["a", "b"]
+    assert limit_characters(characters, 10, 0.985) == ["a", "b", "c"], "ties by code point"
+    assert limit_characters(characters, 1, 1.0) == ["a"]
+    assert special_pieces(2) == ["[PAD]", "[unused0]", "[unused1]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
