@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import signal
+import subprocess
 import sys
+from types import FrameType
 
 _PR_SET_PDEATHSIG = 1
 
@@ -14,3 +18,32 @@ def end_with_parent(signal_number: int) -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal_number)
+
+
+def run_command(command: tuple[str, ...]) -> int:
+    """Run argv with this terminal and wait for it; its exit code, or 128 + signal when we were asked to stop meanwhile.
+
+    SIGTERM is passed on; Ctrl-C has reached the child already, which ends politely.
+    """
+    # waiting threads spin shortly, then give their core away: beside another busy program endless spinning is ten times slower
+    defaults = {"GOMP_SPINCOUNT": "100000", "TOKENIZERS_PARALLELISM": "false"}
+    child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_terminate_with_parent)
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        if number == signal.SIGTERM:
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return 128 + asked[0] if asked else code
+
+
+def _terminate_with_parent() -> None:
+    """In the child: stop politely when the driver is killed, so that no orphan trains on in the background."""
+    end_with_parent(signal.SIGTERM)

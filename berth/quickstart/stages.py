@@ -11,16 +11,14 @@ import dataclasses
 import os
 import shlex
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from berth.errors import ConfigError, LaunchError
 from berth.files import FolderLock, read_json, sha256_json, write_json
-from berth.processes import end_with_parent
+from berth.processes import run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,35 +136,6 @@ def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found.update({str(file): file.stat().st_size for file in inside if file.is_file() and not file.name.startswith(".")})
     return found
-
-
-def run_command(command: tuple[str, ...]) -> int:
-    """Run argv with this terminal and wait for it; its exit code, or 128 + signal when we were asked to stop meanwhile.
-
-    SIGTERM is passed on; Ctrl-C has reached the child already, which ends politely.
-    """
-    # waiting threads spin shortly, then give their core away: beside another busy program endless spinning is ten times slower
-    defaults = {"GOMP_SPINCOUNT": "100000", "TOKENIZERS_PARALLELISM": "false"}
-    child = subprocess.Popen(command, env={**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}, preexec_fn=_end_with_parent)
-    asked: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
-        if number == signal.SIGTERM:
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    return 128 + asked[0] if asked else code
-
-
-def _end_with_parent() -> None:
-    """In the child: stop politely when the driver is killed, so that no orphan trains on in the background."""
-    end_with_parent(signal.SIGTERM)
 
 
 def raise_for(stage: Stage, code: int) -> None:

@@ -14,29 +14,17 @@ Orders are decided by unique integer keys, so the result does not depend on how 
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 from numpy.typing import NDArray
 
 from berth.records import draws
 from berth.records.options import RecordOptions
 from berth.records.pairs import Instances
+from berth.records.rows import Rows
 from berth.text.vocabulary import Vocabulary
 
 _LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A block of rows, types and shapes as on disk (see :mod:`berth.records.schema`)."""
-
-    input_ids: NDArray[np.int32]
-    input_mask: NDArray[np.int8]
-    segment_ids: NDArray[np.int8]
-    masked_lm_positions: NDArray[np.int32]
-    masked_lm_ids: NDArray[np.int32]
-    next_sentence_labels: NDArray[np.int8]
+NARROW_FILL, NARROW_STEP = 0.8, 64  # blocks with a smaller mean fill are made in arrays of multiples of so many positions
 
 
 class RowMaker:
@@ -50,9 +38,37 @@ class RowMaker:
         self.position_bits = np.uint64(max(1, (options.max_seq_length - 1).bit_length()))
 
     def make(self, tokens: NDArray[np.unsignedinteger], block: Instances) -> Rows:
-        """Rows of ``block``; ``tokens`` is the flat array its places refer to."""
+        """Rows of ``block``; ``tokens`` is the flat array its places refer to.
+
+        Short rows are made in narrower arrays: with short documents most of a row is padding, which need not be looked at.
+        """
+        lengths, most = block.lengths, self.options.max_seq_length
+        if lengths.mean() > NARROW_FILL * most:
+            return self._make(tokens, block, most)
+        full, masked = (len(block), most), (len(block), self.options.max_predictions_per_seq)
+        rows = Rows(
+            input_ids=np.zeros(full, np.int32),
+            input_mask=np.zeros(full, np.int8),
+            segment_ids=np.zeros(full, np.int8),
+            masked_lm_positions=np.zeros(masked, np.int32),
+            masked_lm_ids=np.zeros(masked, np.int32),
+            next_sentence_labels=block.labels,
+        )
+        edges = [*range(NARROW_STEP, most, NARROW_STEP), most]
+        width_class = np.searchsorted(edges, lengths)
+        for number in np.unique(width_class):
+            chosen, width = np.flatnonzero(width_class == number), edges[number]
+            made = self._make(tokens, block.take(chosen), width)
+            for name in ("input_ids", "input_mask", "segment_ids"):
+                getattr(rows, name)[chosen, :width] = getattr(made, name)
+            rows.masked_lm_positions[chosen] = made.masked_lm_positions
+            rows.masked_lm_ids[chosen] = made.masked_lm_ids
+        return rows
+
+    def _make(self, tokens: NDArray[np.unsignedinteger], block: Instances, width: int) -> Rows:
+        """Rows of ``width`` positions, which none of ``block`` exceeds."""
         gather = self._gather if self.separators is None else self._gather_chunks
-        ids, candidate, segments, mask = gather(tokens, block)
+        ids, candidate, segments, mask = gather(tokens, block, width)
         if self.options.masking == "none":
             empty = np.zeros((len(ids), self.options.max_predictions_per_seq), np.int32)
             return Rows(ids, mask, segments, empty, empty, block.labels)
@@ -71,11 +87,16 @@ class RowMaker:
             Positions int32 [N, P], ascending, 0 behind the last, and the original ids there, int32 [N, P].
         """
         wanted = np.minimum(self.mask_counts((ids != 0).sum(axis=1, dtype=np.int64)), candidate.sum(axis=1, dtype=np.int64))
-        choose = self._choose_words if self.options.whole_word_mask else None
-        positions, chosen = choose(ids, candidate, wanted, keys) if choose else self._choose_pieces(candidate, wanted, keys)
-        labels = np.where(chosen, np.take_along_axis(ids, positions, axis=1), 0)
-        self._replace(ids, positions, chosen, labels, keys)
-        return positions.astype(np.int32), labels
+        if self.options.whole_word_mask:
+            found, chosen = self._choose_words(ids, candidate, wanted, keys)
+        else:
+            found, chosen = self._choose_pieces(candidate, wanted, keys)
+        original = np.where(chosen, np.take_along_axis(ids, found, axis=1), 0)
+        self._replace(ids, found, chosen, original, keys)
+        most = (len(ids), self.options.max_predictions_per_seq)
+        positions, labels = np.zeros(most, np.int32), np.zeros(most, np.int32)
+        positions[:, : found.shape[1]], labels[:, : found.shape[1]] = found, original
+        return positions, labels
 
     def mask_counts(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many positions of rows with ``lengths`` real positions are to be masked."""
@@ -83,12 +104,12 @@ class RowMaker:
         return np.clip(counts, 1, self.options.max_predictions_per_seq)
 
     def _gather(
-        self, tokens: NDArray[np.unsignedinteger], block: Instances
+        self, tokens: NDArray[np.unsignedinteger], block: Instances, width: int
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int8], NDArray[np.int8]]:
         """``[CLS] A [SEP] B [SEP]`` padded: ids, ordinary tokens, segment ids and mask, all [rows, L]."""
         a = block.a_lengths.astype(np.int32)[:, None]
         b = block.b_lengths.astype(np.int32)[:, None]
-        position, length = self.positions, a + b + 3
+        position, length = self.positions[:width], a + b + 3
         valid = position < length
         in_b = position > a + 1
         candidate = valid & (position > 0) & (position != a + 1) & (position != length - 1)
@@ -103,59 +124,61 @@ class RowMaker:
         return ids, candidate, (valid & in_b).view(np.int8), valid.view(np.int8)
 
     def _gather_chunks(
-        self, tokens: NDArray[np.unsignedinteger], block: Instances
+        self, tokens: NDArray[np.unsignedinteger], block: Instances, width: int
     ) -> tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.int8], NDArray[np.int8]]:
         """``[CLS] A [SEP]`` padded, with ``[SEP]`` between the documents inside A; result as :meth:`_gather`."""
         assert self.separators is not None
-        starts, length = block.a_starts, block.lengths.astype(np.int32)
+        starts, length, position = block.a_starts, block.lengths.astype(np.int32), self.positions[:width]
         first = np.searchsorted(self.separators, starts)
         inside = np.searchsorted(self.separators, starts + block.a_lengths) - first
         row = np.repeat(np.arange(len(starts)), inside)
         which = np.arange(len(row)) - np.repeat(np.cumsum(inside) - inside - first, inside)
-        between = np.zeros((len(starts), self.options.max_seq_length), bool)
+        between = np.zeros((len(starts), width), bool)
         between[row, self.separators[which] - starts[row] + 1] = True
         before = np.cumsum(between, axis=1, dtype=np.int32) - between
-        source = (starts - first - 1)[:, None] + self.positions - before
+        source = (starts - first - 1)[:, None] + position - before
         np.clip(source, 0, len(tokens) - 1, out=source)
-        valid = self.positions < length[:, None]
+        valid = position < length[:, None]
         ids = tokens[source].astype(np.int32)
         ids[between] = self.vocabulary.sep_id
         ids *= valid
         ids[:, 0] = self.vocabulary.cls_id
         ids[np.arange(len(ids)), length - 1] = self.vocabulary.sep_id
-        candidate = valid & ~between & (self.positions > 0) & (self.positions != length[:, None] - 1)
+        candidate = valid & ~between & (position > 0) & (position != length[:, None] - 1)
         return ids, candidate, np.zeros(ids.shape, np.int8), valid.view(np.int8)
 
     def _ordered_keys(self, keys: draws.Keys, which: NDArray[np.int32]) -> draws.Keys:
         """uint64: the draw of position ``which`` of each row, its low bits replaced by the position itself (unique)."""
         drawn = draws.fold(draws.fold(keys, draws.MASK_ORDER)[:, None], which)
-        return ((drawn >> self.position_bits) << self.position_bits) | self.positions.astype(np.uint64)
+        return ((drawn >> self.position_bits) << self.position_bits) | which.astype(np.uint64)
 
     def _choose_pieces(
         self, candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """The ``wanted`` candidates of each row with the smallest draws: positions [rows, P] ascending, 0 where unused."""
-        most = self.options.max_predictions_per_seq
-        order = np.where(candidate, self._ordered_keys(keys, self.positions), _LAST)
-        if most < order.shape[1]:
-            order = np.partition(order, most - 1, axis=1)[:, :most]
+        """The ``wanted`` candidates of each row with the smallest draws: positions [rows, most wanted] ascending, 0 where unused."""
+        most = int(wanted.max(initial=0))
+        order = np.where(candidate, self._ordered_keys(keys, self.positions[: candidate.shape[1]]), _LAST)
+        if 0 < most < order.shape[1]:
+            order = np.partition(order, most - 1, axis=1)
+        order = order[:, :most]
         order.sort(axis=1)
         chosen = np.arange(most) < wanted[:, None]
-        return self._ascending((order & ((np.uint64(1) << self.position_bits) - np.uint64(1))).astype(np.int64), chosen)
+        return _ascending((order & ((np.uint64(1) << self.position_bits) - np.uint64(1))).astype(np.int64), chosen, candidate.shape[1])
 
     def _choose_words(
         self, ids: NDArray[np.int32], candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Whole words in random order while they fit into ``wanted``; result as :meth:`_choose_pieces`."""
+        position, width = self.positions[: candidate.shape[1]], candidate.shape[1]
         after_candidate = np.zeros_like(candidate)
         after_candidate[:, 1:] = candidate[:, :-1]
         starts = candidate & ~(after_candidate & self.vocabulary.is_continuation[ids])
         edge = starts | ~candidate
-        word_start = np.maximum.accumulate(np.where(edge, self.positions, 0), axis=1)
+        word_start = np.maximum.accumulate(np.where(edge, position, 0), axis=1)
         # Words by their draw: only the first piece of a word takes part, the others follow it.
-        order = np.where(starts, self._ordered_keys(keys, self.positions), _LAST)
+        order = np.where(starts, self._ordered_keys(keys, position), _LAST)
         by_draw = np.argsort(order, axis=1)
-        lengths = np.take_along_axis(np.where(starts, self._next_edge(edge) - self.positions, 0), by_draw, axis=1)
+        lengths = np.take_along_axis(np.where(starts, self._next_edge(edge) - position, 0), by_draw, axis=1)
         accepted = np.zeros_like(candidate)
         left = wanted.copy()
         for column in range(int(starts.sum(axis=1).max(initial=0))):
@@ -167,26 +190,18 @@ class RowMaker:
         accepted_starts = np.zeros_like(candidate)
         np.put_along_axis(accepted_starts, by_draw, accepted, axis=1)
         chosen = np.take_along_axis(accepted_starts, word_start, axis=1)
-        places = np.where(chosen, self.positions, self.options.max_seq_length).astype(np.int64)
+        places = np.where(chosen, position, width).astype(np.int64)
         places.sort(axis=1)
-        places = places[:, : self.options.max_predictions_per_seq]
-        chosen = places < self.options.max_seq_length
+        places = places[:, : int(wanted.max(initial=0))]
+        chosen = places < width
         return np.where(chosen, places, 0), chosen
 
     def _next_edge(self, edge: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """int32 [rows, L]: the first edge after each position, L if there is none."""
-        length = np.int32(self.options.max_seq_length)
+        """int32 [rows, width]: the first edge after each position, the width if there is none."""
+        length = np.int32(edge.shape[1])
         following = np.full(edge.shape, length, np.int32)
-        following[:, :-1] = np.where(edge, self.positions, length)[:, 1:]
+        following[:, :-1] = np.where(edge, self.positions[: edge.shape[1]], length)[:, 1:]
         return np.minimum.accumulate(following[:, ::-1], axis=1)[:, ::-1]
-
-    def _ascending(self, positions: NDArray[np.int64], chosen: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Chosen positions first and ascending, 0 behind them."""
-        length = self.options.max_seq_length
-        positions = np.where(chosen, positions, length)
-        positions.sort(axis=1)
-        chosen = positions < length
-        return np.where(chosen, positions, 0), chosen
 
     def _replace(
         self,
@@ -203,3 +218,11 @@ class RowMaker:
         seen = np.where(kind < 0.8, np.int32(self.vocabulary.mask_id), np.where(kind < 0.9, labels, random))
         row, column = np.nonzero(chosen)
         ids[row, positions[row, column]] = seen[row, column]
+
+
+def _ascending(positions: NDArray[np.int64], chosen: NDArray[np.bool_], width: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Chosen positions first and ascending, 0 behind them."""
+    positions = np.where(chosen, positions, width)
+    positions.sort(axis=1)
+    chosen = positions < width
+    return np.where(chosen, positions, 0), chosen

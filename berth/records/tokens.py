@@ -4,9 +4,10 @@ In: text files (one sentence a line, blank lines between documents) and a vocabu
 
 Most words have been seen before, so each distinct word goes through the tokenizer once and the text is then a look-up: many
 times faster than tokenising line by line, with equal result (BERT splits at white space before anything else, so words do
-not influence each other). New words are tokenised together, one on a line, and cut apart again at the line ends, which
-saves the tokenizer's cost per call. A block of text becomes one array of word numbers in which line ends are word 0;
-sentences and documents are then found by array operations. Ids take 2 bytes for vocabularies up to 65,536 pieces.
+not influence each other). New words are tokenised together, one on a line, and cut apart again at the line ends, which saves
+the tokenizer's cost per call (looking up words that are whole pieces in Python beforehand saves nothing more). A block of
+text becomes one array of word numbers in which line ends are word 0; sentences and documents are then found by array
+operations. Ids take 2 bytes for vocabularies up to 65,536 pieces.
 
 Memory does not grow with the text: tokens and sentence edges go to :class:`berth.records.spool.Spool`, and the table of known
 words is emptied when it is full, which costs time but changes nothing.
@@ -96,11 +97,13 @@ class _WordNumbers(dict[str, int]):
 class _Words:
     """The known words and their pieces: turns text into word numbers and word numbers into token ids."""
 
-    def __init__(self, tokenizer: Tokenizer, dtype: type) -> None:
-        self.tokenizer, self.dtype = tokenizer, dtype
+    def __init__(self, vocabulary: Vocabulary, lowercase: bool) -> None:
+        self.dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+        self.vocabulary, self.lowercase = vocabulary, lowercase
+        self.tokenizer: Tokenizer = load_tokenizer(vocabulary, lowercase, special_tokens=False)
         # one word a line: the tokenizer sees the line end as a token of its own, before it looks at the text
-        tokenizer.add_special_tokens([AddedToken("\n", normalized=False)])
-        self.separator = tokenizer.token_to_id("\n")
+        self.tokenizer.add_special_tokens([AddedToken("\n", normalized=False)])
+        self.separator: int = self.tokenizer.token_to_id("\n")  # type: ignore[assignment]
         self.forget()
 
     def forget(self) -> None:
@@ -119,6 +122,7 @@ class _Words:
         return numbers
 
     def _learn(self, words: list[str]) -> None:
+        """Note the pieces of ``words``, which follow the known ones, and empty the list."""
         lengths, starts, tables, filled = [self.lengths], [self.starts], [self.table], len(self.table)
         for first in range(0, len(words), _ENCODE_BATCH):
             joined = "\n".join(words[first : first + _ENCODE_BATCH]) + "\n"
@@ -127,7 +131,7 @@ class _Words:
             sizes = np.diff(ends, prepend=-1).astype(np.int32) - 1
             lengths.append(sizes)
             starts.append((filled + np.cumsum(sizes) - sizes).astype(np.int32))
-            tables.append(np.delete(found, ends).astype(self.dtype))
+            tables.append(found[found != self.separator].astype(self.dtype))
             filled += len(tables[-1])
             self.characters += len(joined)
         self.lengths, self.starts, self.table = np.concatenate(lengths), np.concatenate(starts), np.concatenate(tables)
@@ -237,9 +241,7 @@ def tokenize_files(files: Sequence[Path], vocabulary: Vocabulary, lowercase: boo
     The unnamed files of the result lie beside ``output`` (default: in the system's temporary folder). Raises
     :class:`DataError` for missing files, invalid UTF-8 and for text in which no token is left; ``OSError`` on a full disk.
     """
-    dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
-    words = _Words(load_tokenizer(vocabulary, lowercase, special_tokens=False), dtype)
-    collector = _Collector(words, output or Path(tempfile.gettempdir()) / "tokens", vocabulary.unk_id)
+    collector = _Collector(_Words(vocabulary, lowercase), output or Path(tempfile.gettempdir()) / "tokens", vocabulary.unk_id)
     for file in files:
         for piece in read_pieces(file):
             collector.add(piece)

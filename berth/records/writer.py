@@ -1,9 +1,13 @@
 """Rows to hdf5 files that are complete or absent, and always the same bytes for the same rows.
 
-gzip level 1 with byte shuffle in chunks of 1024 rows: every HDF5 library reads it, it is smaller than the public scripts'
-gzip 4 without shuffle, and a reader fetches neighbouring rows in one piece. The chunks are compressed by ISA-L
-(``isal``), four times faster than by the library inside h5py, and handed to HDF5 ready-made. No time stamps, fixed library
-version bounds, attributes in sorted order.
+gzip with byte shuffle in chunks of 1024 rows: every HDF5 library reads it, and a reader fetches neighbouring rows in one piece.
+The chunks are compressed here and handed to HDF5 ready-made: after the shuffle there are long runs and little else to find, so
+deflate is told to look for runs only (``Z_RLE``), which takes half the time of HDF5's own gzip level 1 and makes smaller files
+(27.0 instead of 29.0 MB for 122,000 rows of 128; the public scripts' gzip 4 without shuffle makes 34). No time stamps, fixed
+library version bounds, attributes in sorted order.
+
+Rejected: ISA-L (``isal``), another three times faster. Its levels 1 and 2 do not repeat: the same 58 bytes became other deflate streams
+in 5 of 270 processes.
 
 Layouts: ``padded``, one file; ``binned``, one file for each range of lengths, its rows as wide as the range's upper end;
 ``packed``, one file without padding (:data:`berth.records.schema.PACKED_DATASETS`).
@@ -14,17 +18,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from isal import isal_zlib
 from numpy.typing import NDArray
 
 from berth.files import atomic_path
-from berth.records.masking import Rows
+from berth.records.rows import Rows
 from berth.records.schema import DATASETS, ITEMS_PER_CHUNK, PACKED_DATASETS, ROWS_PER_CHUNK
 
 GZIP_LEVEL = 1
@@ -137,8 +141,14 @@ class _Column:
         size = self.dtype.itemsize
         shuffled = np.ascontiguousarray(padded.view(np.uint8).reshape(-1, size).T) if size > 1 else padded
         offset = (self.written, *(0 for _ in self.width))
-        self.dataset.id.write_direct_chunk(offset, isal_zlib.compress(shuffled.data.cast("B"), GZIP_LEVEL))
+        self.dataset.id.write_direct_chunk(offset, _deflate(shuffled.data.cast("B")))
         self.written += len(values)
+
+
+def _deflate(data: memoryview) -> bytes:
+    """A zlib stream of ``data`` that uses runs only."""
+    compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    return compressor.compress(data) + compressor.flush()
 
 
 @dataclasses.dataclass
