@@ -28,6 +28,7 @@ from berth.errors import ConfigError, DataError, run_main
 from berth.records.create import (
     Job,
     Result,
+    load_vocabulary,
     made_by_berth,
     plan_file,
     plan_folder,
@@ -39,7 +40,6 @@ from berth.records.deal import MODES, Share, deal, find_share
 from berth.records.options import LAYOUTS, MASKINGS, OBJECTIVES, RecordOptions
 from berth.records.schema import RecordCounts
 from berth.text.options import add_case_options, wants_lowercase
-from berth.text.vocabulary import Vocabulary
 from berth.workers import stop_on_sigterm
 
 MOST_UNKNOWN = 0.05  # share of [UNK] above which something is wrong
@@ -186,7 +186,7 @@ def share_of(arguments: argparse.Namespace) -> Share:
 
 def work(arguments: argparse.Namespace, options: RecordOptions, share: Share) -> None:
     start = time.perf_counter()
-    Vocabulary.load(arguments.vocab_file)
+    load_vocabulary(Path(arguments.vocab_file))
     jobs, old = plan(arguments, options)
     if share.first:
         notices(arguments, options)

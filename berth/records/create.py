@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def identity(job: Job, vocabulary: Vocabulary) -> dict[str, Attribute]:
         "format_version": FORMAT_VERSION,
         "vocab_sha256": vocabulary.sha256,
         "vocab_size": vocabulary.size,
-        "input_name": job.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
+        "input_name": _input_name(job),
         "input_files": len(hashes),
         "input_sha256": hashes[0] if len(hashes) == 1 else sha256_json(hashes),
         **option_attributes(job.options),
@@ -162,6 +163,19 @@ def _existing(path: Path, options: RecordOptions, overwrite: bool) -> dict[str, 
     if changed:
         raise ConfigError(f"{path} was made with {', '.join(changed)}; use another output, or --overwrite to replace what is there")
     return found
+
+
+def _of_other_layouts(job: Job) -> list[Path]:
+    """Records of this job's text beside its outputs: what an earlier run with another ``--layout`` or ``--bin_size`` left."""
+    folder, stem = job.output.parent, re.escape(job.output.stem)
+    form = re.compile(rf"{stem}(_bin_\d+)?{re.escape(job.output.suffix)}")
+    found = [path for path in folder.iterdir() if form.fullmatch(path.name) and path not in job.outputs()] if folder.is_dir() else []
+    return [path for path in sorted(found) if made_by_berth(path) and read_attributes(path).get("input_name") == _input_name(job)]
+
+
+def _input_name(job: Job) -> str:
+    """The attribute ``input_name``: ``job.name``, readable where it is not UTF-8."""
+    return job.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _counts_of(attributes: Mapping[str, Attribute]) -> RecordCounts:
@@ -236,13 +250,24 @@ def _write_attributes(writer: RecordsWriter, text: TokenText, attributes: Mappin
     return counts
 
 
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary at ``path``, read again only when the file has changed: a process makes many shards with one."""
+    status = path.stat() if path.is_file() else None
+    return _vocabulary_of(path, (status.st_size, status.st_mtime_ns, status.st_ino) if status else None)
+
+
+@functools.lru_cache(maxsize=1)
+def _vocabulary_of(path: Path, state: tuple[int, int, int] | None) -> Vocabulary:
+    return Vocabulary.load(path)
+
+
 def run_job(job: Job, overwrite: bool = False) -> Result:
     """Make the records of one job, or find them finished.
 
     Raises :class:`DataError` for a wrong vocabulary or text, ``OSError`` when it cannot be written (no partial file stays).
     """
     start = time.perf_counter()
-    vocabulary, options = Vocabulary.load(job.vocab_file), job.options
+    vocabulary, options = load_vocabulary(job.vocab_file), job.options
     attributes = identity(job, vocabulary)
     size = sum(file.stat().st_size for file in job.files)
     done = _finished(job, attributes, overwrite)
@@ -256,7 +281,7 @@ def run_job(job: Job, overwrite: bool = False) -> Result:
         _write_rows(writer, maker, text, instances)
         counts = _write_attributes(writer, text, attributes)
     files = tuple(plan.path for plan in plans)
-    for path in set(job.outputs()) - set(files):  # a bin of an earlier run that has no rows now
+    for path in {*job.outputs(), *(_of_other_layouts(job) if overwrite else ())} - set(files):  # bins of an earlier run without rows now
         path.unlink(missing_ok=True)
     return Result(job.output, files, functools.reduce(RecordCounts.__add__, counts), size, False, time.perf_counter() - start)
 
@@ -266,6 +291,11 @@ def check_jobs(jobs: Sequence[Job], overwrite: bool = False) -> None:
     for job in jobs:
         for path in job.outputs():
             _existing(path, job.options, overwrite)
+        for path in () if overwrite else _of_other_layouts(job):
+            raise ConfigError(
+                f"{path} holds the same text in another layout or bin size, and training would read both; use another output, or "
+                "--overwrite to replace what is there"
+            )
         for file in job.files:
             with open(file, "rb") as handle:
                 handle.read(1)

@@ -113,9 +113,11 @@ class RowMaker:
         valid = position < length
         in_b = position > a + 1
         candidate = valid & (position > 0) & (position != a + 1) & (position != length - 1)
-        source = np.where(in_b, (block.b_starts[:, None] - (a + 2)), block.a_starts[:, None] - 1) + position
-        np.clip(source, 0, len(tokens) - 1, out=source)
-        ids = tokens[source].astype(np.int32)
+        kind = np.int32 if len(tokens) < 1 << 30 else np.int64
+        in_a, after = (block.a_starts - 1).astype(kind), (block.b_starts - block.a_lengths - 2).astype(kind)
+        source = np.where(in_b, after[:, None], in_a[:, None])
+        source += position
+        ids = np.take(tokens, source, mode="clip").astype(np.int32)
         ids *= valid
         rows = np.arange(len(ids))
         ids[:, 0] = self.vocabulary.cls_id

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -139,16 +140,33 @@ class _Column:
         else:
             padded = np.ascontiguousarray(values)
         size = self.dtype.itemsize
-        shuffled = np.ascontiguousarray(padded.view(np.uint8).reshape(-1, size).T) if size > 1 else padded
-        offset = (self.written, *(0 for _ in self.width))
-        self.dataset.id.write_direct_chunk(offset, _deflate(shuffled.data.cast("B")))
+        planes = np.ascontiguousarray(padded.view(np.uint8).reshape(-1, size).T)  # the shuffle filter: first bytes, second bytes, ...
+        self.dataset.id.write_direct_chunk((self.written, *(0 for _ in self.width)), _deflate(planes))
         self.written += len(values)
 
 
-def _deflate(data: memoryview) -> bytes:
-    """A zlib stream of ``data`` that uses runs only."""
-    compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)
-    return compressor.compress(data) + compressor.flush()
+@functools.cache
+def _deflated_zeros(count: int) -> bytes:
+    """The last blocks of a raw deflate stream: ``count`` zeros."""
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9)
+    return compressor.compress(bytes(count)) + compressor.flush()
+
+
+def _deflate(planes: NDArray[np.uint8]) -> bytes:
+    """A zlib stream (RFC 1950) of ``planes`` (uint8 [bytes of an item, items]) that uses runs only.
+
+    The upper bytes of small numbers are planes of zeros at the end; what they become is known beforehand.
+    """
+    kept = len(planes)
+    while kept > 1 and not planes[kept - 1].any():
+        kept -= 1
+    head, zeros = planes[:kept].data.cast("B"), (len(planes) - kept) * planes.shape[1]
+    compressor = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE)
+    body = compressor.compress(head)
+    body += compressor.flush(zlib.Z_SYNC_FLUSH) + _deflated_zeros(zeros) if zeros else compressor.flush()
+    low, high = (adler := zlib.adler32(head)) & 0xFFFF, adler >> 16
+    high = (high + zeros * low) % 65521  # Adler-32 of the zeros behind: the first sum stays, the second adds it for each
+    return b"\x78\x01" + body + (high << 16 | low).to_bytes(4, "big")
 
 
 @dataclasses.dataclass
