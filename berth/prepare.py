@@ -21,15 +21,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
-from berth.errors import ConfigError, DataError, LaunchError
-from berth.files import FolderLock, read_json, sha256_json, write_json
+from berth.corpus.download import load_sources, remotes
+from berth.corpus.extract import detect_format
+from berth.errors import BerthError, ConfigError, DataError, LaunchError
+from berth.files import FolderLock, read_json, sha256_file, sha256_json, write_json
 from berth.processes import run_command
 from berth.records.options import RecordOptions
-from berth.text.lines import TEXT_SUFFIX
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("download", "extract", "format", "sentences", "filter", "shard", "vocab", "records", "verify")
@@ -39,7 +40,7 @@ SCRIPTS = {
     "verify": "data/verify.py",
 }  # fmt: skip
 OPTIONAL = ("download", "format", "filter")  # run only when the configuration has their section
-TOP_LEVEL = ("workdir", "input", "language", "cased", "processes", "seed", "prefix", "vocab_file", "stages")
+TOP_LEVEL = ("workdir", "input", "language", "cased", "processes", "seed", "prefix", "vocab_file", "vocab_size", "stages")
 SHARED = ("language", "processes", "seed")  # said once, for every script that has them
 WIRED = {  # set here, so not to be set in a section
     "input", "input_folder", "input_file", "output", "output_dir", "output_file", "output_config", "output_json", "vocab_file", "text",
@@ -94,8 +95,8 @@ def apply_settings(config: dict[str, Any], settings: Sequence[str]) -> None:
     for setting in settings:
         name, equals, text = setting.partition("=")
         stage, dot, option = name.partition(".")
-        if not (equals and dot and option):
-            raise ConfigError(f"--set {setting!r} must be STAGE.OPTION=VALUE, for example filter.min_sents=1")
+        if not (equals and dot and option and stage in STAGES):
+            raise ConfigError(f"--set {setting!r} must be STAGE.OPTION=VALUE, for example filter.min_sents=1; stages: {', '.join(STAGES)}")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -105,7 +106,8 @@ def apply_settings(config: dict[str, Any], settings: Sequence[str]) -> None:
         elif not isinstance(config.get(stage), (dict, list)):
             config[stage] = {}
         for section in _list(config[stage]):
-            section[option] = value
+            if isinstance(section, dict):  # what is wrong with others is said by check_config
+                section[option] = value
 
 
 def _closest(name: str, known: Sequence[str]) -> str:
@@ -132,11 +134,19 @@ def check_config(config: Mapping[str, Any], parsers: Parsers) -> None:
     for name in ("workdir", "language", "prefix", "vocab_file"):
         if config.get(name) is not None and not isinstance(config[name], str):
             raise ConfigError(f"{name}: {config[name]!r} must be text (in YAML, put it in quotes: no and on are read as false and true)")
+    for name in ("processes", "seed", "vocab_size"):
+        if config.get(name) is not None and type(config[name]) is not int:
+            raise ConfigError(f"{name}: {config[name]!r} must be a whole number")
+    if not isinstance(config.get("cased"), (bool, type(None))):
+        raise ConfigError(f"cased: {config['cased']!r} must be true or false, without quotes")
+    for name in ("input", "stages"):
+        if not all(isinstance(value, str) for value in _list(config.get(name))):
+            raise ConfigError(f"{name}: {config[name]!r} must be text or a list of texts")
     for stage in STAGES:
         for section in _sections(config, stage):
             options = _options(parsers[stage])
             for name in section:
-                if name in WIRED and not (stage == "download" and name == "source"):
+                if name in WIRED:
                     raise ConfigError(f"{stage}.{name} is set by data.prepare itself; its inputs and outputs lie in the work folder")
                 if name not in options:
                     raise ConfigError(f"{stage} has no option {name!r}{_closest(str(name), sorted(set(options) - WIRED))}")
@@ -158,17 +168,20 @@ def _sections(config: Mapping[str, Any], stage: str) -> list[dict[str, Any]]:
 
 def _words(name: str, value: Any, action: argparse.Action) -> list[str]:
     """An option as words of a command line. Raises :class:`ConfigError` for a value that cannot be one."""
-    flag = action.nargs == 0
-    if value is None or value is False:
+    if value is None:
         return []
-    if flag:
-        if value is not True:
+    if action.nargs == 0:
+        if not isinstance(value, bool):
             raise ConfigError(f"{name}: {value!r} must be true or false")
-        return [f"--{name}"]
+        if not value and action.default is True:
+            raise ConfigError(f"{name}: false is not said like this; say no_{name}: true")
+        return [f"--{name}"] if value else []
+    if isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r} is no value for it (in YAML, no, off, yes and on mean false and true: put them in quotes)")
     values = value if isinstance(value, list) else [value]
     if any(isinstance(each, (dict, list)) for each in values) or (len(values) != 1 and action.nargs not in ("+", "*")):
         raise ConfigError(f"{name}: {value!r} must be one value")
-    return [f"--{name}", *("true" if each is True else str(each) for each in values)]
+    return [f"--{name}", *map(str, values)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- plan
@@ -193,6 +206,22 @@ class Planner:
 
     def add(self, stage: str, wired: Sequence[str | Path], section: Mapping[str, Any], manifest: Path | None, title: str = "") -> None:
         """Plan one run of a stage's script: ``wired`` arguments, then shared ones, then those of ``section``."""
+        words = self.words(stage, wired, section)
+        self.parse(stage, words)
+        self.commands.append(Command(stage, title or stage, ROOT / SCRIPTS[stage], tuple(words), manifest))
+
+    def parse(self, stage: str, words: Sequence[str]) -> argparse.Namespace:
+        """What the script's own parser makes of ``words``. Raises :class:`ConfigError` with what it says against them."""
+
+        def refuse(message: str) -> NoReturn:
+            raise ConfigError(f"{stage}: {message}")
+
+        parser = self.parsers[stage]
+        parser.error = refuse  # type: ignore[method-assign]
+        return parser.parse_args(words)
+
+    def words(self, stage: str, wired: Sequence[str | Path], section: Mapping[str, Any]) -> list[str]:
+        """The arguments of a stage's script."""
         options = _options(self.parsers[stage])
         said = {"random_seed" if stage == "records" and name == "seed" else name: self.config.get(name) for name in SHARED}
         shared = {name: value for name, value in said.items() if value is not None and name in options}
@@ -202,7 +231,7 @@ class Planner:
         words = [str(word) for word in wired]
         for name, value in settings.items():
             words += _words(name, value, options[name])
-        self.commands.append(Command(stage, title or stage, ROOT / SCRIPTS[stage], tuple(words), manifest))
+        return words
 
     def plan(self) -> list[Command]:
         for stage in STAGES:
@@ -231,13 +260,25 @@ class Planner:
             return False
         if self.config.get("extract") not in (None, True) or len(self.inputs) != 1 or self.on("download"):
             return True
-        only = self.inputs[0]
-        return only.suffix.lower() != TEXT_SUFFIX if not only.is_dir() else not any(only.rglob(f"*{TEXT_SUFFIX}"))
+        try:
+            return detect_format(self.inputs[0]) != "txt"
+        except BerthError:  # missing, or of several kinds: extract says what is wrong
+            return True
+
+    @property
+    def prefix(self) -> str:
+        """Start of the shards' names."""
+        sections = _sections(self.config, "shard")
+        return str((sections[0].get("prefix") if sections else None) or self.config.get("prefix") or "text")
 
     def download(self, section: dict[str, Any]) -> None:
         folder = self.workdir / "download"
-        self.inputs = [*self.inputs, folder]
-        self.add("download", ["--output_dir", folder], section, None)
+        wired: list[str | Path] = ["--output_dir", folder]
+        parsed = self.parse("download", self.words("download", wired, section))
+        sources = load_sources(parsed.sources)
+        files = [remote.file for name in parsed.source for remote in remotes(sources, name, parsed.language, parsed.snapshot)]
+        self.inputs = [*self.inputs, *(folder / file for file in files if ".xml" in file)]  # dumps are text to train on, SQuAD is not
+        self.add("download", wired, section, None)
 
     def extract(self, section: dict[str, Any]) -> None:
         if not self.inputs:
@@ -270,10 +311,11 @@ class Planner:
     def shard(self, section: dict[str, Any]) -> None:
         source = self.workdir / ("filtered" if self.on("filter") else "sentences")
         folder = self.workdir / "shards"
-        section = {"prefix": self.config.get("prefix") or "text", **section}
-        self.add("shard", ["--input", source, "--output_dir", folder], section, folder / "shards.json")
+        self.add("shard", ["--input", source, "--output_dir", folder], {**section, "prefix": self.prefix}, folder / "shards.json")
 
     def vocab(self, section: dict[str, Any]) -> None:
+        if self.config.get("vocab_size") is not None:
+            section = {"vocab_size": self.config["vocab_size"], **section}
         if self.config.get("vocab_file"):
             if section:
                 raise ConfigError("vocab_file and a vocab section contradict each other: use the file, or train a vocabulary")
@@ -286,36 +328,43 @@ class Planner:
             wired: list[str | Path] = ["--output", self.vocabulary.parent]
         else:
             wired = ["--output", self.vocabulary, "--output_config", self.vocabulary.parent / "bert_config.json", self.case]
-        prefix = self.config.get("prefix") or _sections(self.config, "shard")[0].get("prefix", "text")
-        settings = {**DEFAULTS["shard"], **(_sections(self.config, "shard") or [{}])[0]}
-        training = [self.workdir / "shards" / f"{prefix}_training_{number}.txt" for number in range(int(settings["n_training_shards"]))]
-        self.add("vocab", ["--input", *training, *wired], section, self.vocabulary.with_name(f"{self.vocabulary.name}.vocab.json"))
+        self.add("vocab", ["--input", *self.training, *wired], section, self.vocabulary.with_name(f"{self.vocabulary.name}.vocab.json"))
+
+    @property
+    def training(self) -> list[Path]:
+        """The training shards."""
+        folder = self.workdir / "shards"
+        if not self.on("shard"):
+            found = sorted(folder.glob("*_training_*.txt"), key=lambda path: (len(path.name), path.name))
+            return found or [folder]
+        shards = {**DEFAULTS["shard"], **_sections(self.config, "shard")[0]}["n_training_shards"]
+        return [folder / f"{self.prefix}_training_{number}.txt" for number in range(int(shards))]
 
     def records(self, sections: list[dict[str, Any]]) -> None:
         if len(sections) == 1 and "max_seq_length" not in sections[0]:
             sections = [{**phase, **sections[0]} for phase in PHASES]
         for section in sections:
-            folder = self.workdir / "records" / self.records_name(section)
+            wired: list[str | Path] = ["--vocab_file", self.vocabulary, "--input_file", self.workdir / "shards", self.case, "--output_dir"]
+            parsed = self.parse("records", self.words("records", [*wired, self.workdir], section))
+            folder = self.workdir / "records" / self.records_name(parsed)
+            if folder / "records.json" in [command.manifest for command in self.commands]:
+                raise ConfigError(f"two sections of records would both be written to {folder}; make them differ in an option of that name")
             self.add(
                 "records",
-                ["--vocab_file", self.vocabulary, "--input_file", self.workdir / "shards", "--output_dir", folder, self.case],
+                [*wired, folder],
                 section,
                 folder / "records.json",
                 f"records, length {section.get('max_seq_length', RecordOptions.max_seq_length)}",
             )
 
-    def records_name(self, section: Mapping[str, Any]) -> str:
+    def records_name(self, parsed: argparse.Namespace) -> str:
         """The folder of records: the public scripts' name, with what they do not know appended."""
-        names = {"do_whole_word_mask": "whole_word_mask"}
-        fields = {field.name for field in dataclasses.fields(RecordOptions)}
-        chosen = {names.get(name, name): value for name, value in section.items() if names.get(name, name) in fields}
-        if "random_seed" not in chosen and self.config.get("seed") is not None:
-            chosen["random_seed"] = self.config["seed"]
-        options = RecordOptions(lowercase=not self.config.get("cased"), **chosen)
-        extra = [
-            str(chosen[name]) for name in ("objective", "masking", "layout") if chosen.get(name) not in (None, getattr(RecordOptions, name))
-        ]
-        return "_".join([options.folder_name, *extra, *(["whole_word"] if options.whole_word_mask else [])])
+        names = {"whole_word_mask": "do_whole_word_mask"}
+        fields = [field.name for field in dataclasses.fields(RecordOptions) if field.name != "lowercase"]
+        options = RecordOptions(lowercase=not self.config.get("cased"), **{name: getattr(parsed, names.get(name, name)) for name in fields})
+        extra = [getattr(options, name) for name in ("objective", "masking", "layout")]
+        unusual = [value for value in extra if value not in (RecordOptions.objective, RecordOptions.masking, RecordOptions.layout)]
+        return "_".join([options.folder_name, *unusual, *(["whole_word"] if options.whole_word_mask else [])])
 
     def verify(self, section: dict[str, Any]) -> None:
         folders = [command.manifest.parent for command in self.commands if command.stage == "records" and command.manifest]
@@ -338,6 +387,9 @@ def plan(config: Mapping[str, Any], parsers: Parsers, stages: Sequence[str] = ()
         if stage not in STAGES:
             raise ConfigError(f"unknown stage {stage!r}{_closest(stage, STAGES)}")
     commands = Planner(config, parsers).plan()
+    idle = set(wanted) - {command.stage for command in commands} - {"extract"}  # extract is not needed for plain text
+    if idle:
+        raise ConfigError(f"asked for, but switched off or without a section in the configuration: {', '.join(sorted(idle))}")
     return [command for command in commands if not wanted or command.stage in wanted]
 
 
@@ -379,12 +431,13 @@ def run(commands: Sequence[Command], workdir: Path) -> list[Outcome]:
         for command in commands:
             print(f"== {command.title}: {command.line}", flush=True)
             began = time.monotonic()
-            if command.stage == "verify" and _verified(outcomes, workdir):
+            if command.stage == "verify" and _verified(command, workdir):
                 print("up to date: nothing has changed since everything was read back", flush=True)
             else:
                 _run(command)
+                if command.stage == "verify":
+                    write_json(workdir / ".verified.json", {"state": _state(command, workdir)})
             outcomes.append(Outcome(command, time.monotonic() - began, read_manifest(command.manifest)))
-        _note_verified(outcomes, workdir)
     finally:
         lock.release()
     return outcomes
@@ -400,21 +453,21 @@ def _run(command: Command) -> None:
         raise LaunchError(f"stage {command.title} {how}; its message stands above. The same command goes on from here once that is mended")
 
 
-def _state(outcomes: Sequence[Outcome]) -> str:
-    return sha256_json([[outcome.command.line, outcome.manifest] for outcome in outcomes if outcome.command.stage != "verify"])
+def _state(command: Command, workdir: Path) -> str:
+    """A digest of what a verification reads, by the manifests: its command line, folders and vocabulary."""
+    seen = []
+    for path in sorted({Path(word) for word in command.arguments} - {workdir / "verify.json"}):
+        files = sorted(path.glob("*.json")) if path.is_dir() else [path] if path.is_file() else []
+        seen += [[str(file), sha256_file(file)] for file in files]
+    return sha256_json([command.line, seen])
 
 
-def _verified(outcomes: Sequence[Outcome], workdir: Path) -> bool:
+def _verified(command: Command, workdir: Path) -> bool:
     """Whether the last verification saw what is there now."""
     try:
-        return (workdir / "verify.json").is_file() and read_json(workdir / ".verified.json")["state"] == _state(outcomes)
+        return (workdir / "verify.json").is_file() and read_json(workdir / ".verified.json")["state"] == _state(command, workdir)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _note_verified(outcomes: Sequence[Outcome], workdir: Path) -> None:
-    if any(outcome.command.stage == "verify" for outcome in outcomes):
-        write_json(workdir / ".verified.json", {"state": _state(outcomes)})
 
 
 def summarize(outcomes: Sequence[Outcome], workdir: Path) -> str:

@@ -12,7 +12,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
@@ -38,11 +39,12 @@ def _worker_start() -> None:
             os._exit(1)
 
 
-def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], processes: int) -> Iterator[Made]:
+def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], processes: int) -> Generator[Made, None, None]:
     """``function(task)`` for every task, in whatever order they finish. One process: in this one, in order.
 
     ``function`` and tasks must be picklable (a top-level function, or an instance of a top-level class). Raises
-    :class:`ConfigError` for ``processes < 1``, what the function raises, and :class:`DataError` when a worker was killed.
+    :class:`ConfigError` for ``processes < 1``, what the function raises (after what was being worked on meanwhile has been handed
+    out), and :class:`DataError` when a worker was killed.
     """
     if processes < 1:
         raise ConfigError(f"--processes {processes} must be at least 1")
@@ -50,16 +52,16 @@ def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], pro
         yield from map(function, tasks)
         return
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_worker_start)
-    waiting: set[concurrent.futures.Future[Made]] = set()
+    waiting: set[Future[Made]] = set()
     try:
         for task in tasks:
             waiting.add(pool.submit(function, task))
             if len(waiting) >= processes * (1 + TASKS_AHEAD):
                 done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        for future in concurrent.futures.as_completed(waiting):
-            yield future.result()
+                yield from _results(done, waiting)
+        while waiting:
+            done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+            yield from _results(done, waiting)
     except BrokenProcessPool as error:
         raise DataError(
             "a worker process was killed, probably for lack of memory; use fewer --processes or smaller parts, and run "
@@ -71,6 +73,21 @@ def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], pro
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _results(done: Iterable[Future[Made]], waiting: Iterable[Future[Made]]) -> Iterator[Made]:
+    """The results of ``done``. If one failed, those of ``waiting`` that have begun, too, then its error."""
+    failed = None
+    for future in done:
+        if future.exception() is None:
+            yield future.result()
+        else:
+            failed = failed or future
+    if failed is not None:
+        for future in concurrent.futures.as_completed([future for future in waiting if not future.cancel()]):
+            if future.exception() is None:
+                yield future.result()
+        failed.result()
 
 
 def stop_on_sigterm(outputs: Iterable[Path] = ()) -> None:

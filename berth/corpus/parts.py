@@ -328,16 +328,23 @@ def run_stage(
         LaunchError: another run works on ``output``. Otherwise what ``worker`` and the file system raise; finished parts stay.
     """
     folder = output.with_name(f".{output.name}.parts") if is_single(output) else output
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, f".{stage}.lock")
-    if not lock.acquire(wait_seconds=2):
-        raise LaunchError(f"another run of the stage {stage} is writing to {output}; wait for it, or use another output")
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock.acquire(wait_seconds=2):
+            raise LaunchError(f"another run of the stage {stage} is writing to {output}; wait for it, or use another output")
+        if lock.path.exists():
+            break
+        lock.release()  # the run that was waited for has removed the folder of its parts, and the lock with it
     try:
         result = _Run(stage, output, folder, options, separator).run(tasks, worker, processes, total)
+        if folder != output:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         lock.release()
     if folder != output:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # network file systems keep the name of the lock until it is released
+            folder.rmdir()
     return result
 
 

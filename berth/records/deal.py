@@ -73,16 +73,27 @@ def find_share(mode: str, environment: Mapping[str, str] | None = None) -> Share
         return _mpi_share(env)
     if mode == "array" or (mode == "auto" and "SLURM_ARRAY_TASK_ID" in env):
         return _array_share(env)
-    if mode == "srun" or (mode == "auto" and "SLURM_STEP_ID" in env and env.get("SLURM_NTASKS", "1") != "1"):
-        if "SLURM_PROCID" not in env or "SLURM_NTASKS" not in env:
-            raise ConfigError("--distributed srun: not started by srun (SLURM_PROCID and SLURM_NTASKS are not set)")
-        return Share(_number(env, "SLURM_PROCID"), _number(env, "SLURM_NTASKS"), "srun")
+    if mode == "srun" or (mode == "auto" and _step_tasks(env) > 1):
+        if not {"SLURM_STEP_ID", "SLURM_PROCID", "SLURM_NTASKS"} <= env.keys():  # a batch script has the last two, without any other task
+            raise ConfigError("--distributed srun: not started by srun (SLURM_STEP_ID, SLURM_PROCID and SLURM_NTASKS are not all set)")
+        return Share(_number(env, "SLURM_PROCID"), _step_tasks(env), "srun")
     return Share(0, 1, "none")
+
+
+def _step_tasks(env: Mapping[str, str]) -> int:
+    """How many tasks srun started beside this one, itself included; in the shell of salloc SLURM_NTASKS is that of the whole job."""
+    if "SLURM_STEP_ID" not in env:
+        return 1
+    return _number(env, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS")
 
 
 def _number(env: Mapping[str, str], name: str) -> int:
     try:
         return int(env[name])
+    except KeyError:
+        raise ConfigError(
+            f"{name} is not set, though Slurm sets it with the others; say --distributed none, or start the task anew"
+        ) from None
     except ValueError:
         raise ConfigError(f"{name}={env[name]!r} is not a number") from None
 
@@ -131,7 +142,8 @@ def _array_share(env: Mapping[str, str]) -> Share:
             f"the array has {env['SLURM_ARRAY_TASK_COUNT']} tasks with ids from {least} to {most}: the work can only be dealt to an evenly "
             f"numbered array such as --array=0-{count - 1}; finished files are skipped, so run the whole array again"
         )
-    return Share((task - least) // step, count, "array")
+    inner = _step_tasks(env)  # srun inside every task of the array
+    return Share((task - least) // step * inner + (_number(env, "SLURM_PROCID") if inner > 1 else 0), count * inner, "array")
 
 
 def deal(items: Sequence[Item], sizes: Sequence[int], count: int) -> list[list[Item]]:

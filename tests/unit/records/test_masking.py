@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from berth.records.masking import RowMaker, Rows
+from berth.records.masking import RowMaker
 from berth.records.options import RecordOptions
 from berth.records.pairs import make_instances
+from berth.records.rows import Rows
 from berth.records.tokens import TokenText, tokenize_files
 from berth.text.vocabulary import SPECIAL_TOKENS, Vocabulary
 
