@@ -30,6 +30,7 @@ from berth.records.create import (
     Result,
     load_vocabulary,
     made_by_berth,
+    made_of_older_shards,
     plan_file,
     plan_folder,
     run_jobs,
@@ -88,6 +89,11 @@ def build_parser() -> argparse.ArgumentParser:
         "who shares the work: mpi, array (Slurm), srun (its tasks, without MPI), none, or auto: what started this",
     )
     add("--overwrite", action="store_true", help="make every file again; remove other records from --output_dir")
+    add(
+        "--remove_stale",
+        action="store_true",
+        help="remove records from --output_dir that were made of earlier shards of the same prefix (there are fewer now)",
+    )
     add("--bert_model", metavar="NAME", help="accepted for old command lines; has no effect")
     return parser
 
@@ -118,19 +124,21 @@ def plan(arguments: argparse.Namespace, options: RecordOptions) -> tuple[list[Jo
         return [plan_file(source, Path(arguments.output_file), vocabulary, options)], []
     folder = Path(arguments.output_dir)
     jobs = plan_folder(source, folder, vocabulary, options)
-    return jobs, superseded(folder, jobs, arguments.overwrite) if source.is_dir() else []
+    return jobs, superseded(folder, jobs, arguments) if source.is_dir() else []
 
 
-def superseded(folder: Path, jobs: list[Job], overwrite: bool) -> list[Path]:
-    """Records in ``folder`` that do not belong to the input: refused, with --overwrite to be removed at the end."""
+def superseded(folder: Path, jobs: list[Job], arguments: argparse.Namespace) -> list[Path]:
+    """Records in ``folder`` that do not belong to the input: refused, with --overwrite or --remove_stale to be removed at the end."""
     others = strangers(folder, jobs)
-    removable = list(filter(made_by_berth, others)) if overwrite else []
+    removable = list(filter(made_by_berth, others)) if arguments.overwrite else []
+    if arguments.remove_stale:
+        removable += [path for path in others if path not in removable and made_of_older_shards(path, jobs)]
     others = [path for path in others if path not in removable]
     if others:
         raise DataError(
             f"{folder} holds records that are not from --input_file: {', '.join(path.name for path in others[:5])}"
-            f"{' ...' if len(others) > 5 else ''}; training would mix them in. Use another --output_dir, or --overwrite "
-            "to remove those that berth made"
+            f"{' ...' if len(others) > 5 else ''}; training would mix them in. Use another --output_dir, --remove_stale to remove "
+            "those of earlier shards of the same prefix, or --overwrite to remove all that berth made"
         )
     return removable
 

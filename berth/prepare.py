@@ -344,7 +344,8 @@ class Planner:
         if len(sections) == 1 and "max_seq_length" not in sections[0]:
             sections = [{**phase, **sections[0]} for phase in PHASES]
         for section in sections:
-            wired: list[str | Path] = ["--vocab_file", self.vocabulary, "--input_file", self.workdir / "shards", self.case, "--output_dir"]
+            wired: list[str | Path] = ["--vocab_file", self.vocabulary, "--input_file", self.workdir / "shards", self.case]
+            wired += ["--remove_stale", "--output_dir"]  # with fewer shards than before, the others' records go
             parsed = self.parse("records", self.words("records", [*wired, self.workdir], section))
             folder = self.workdir / "records" / self.records_name(parsed)
             if folder / "records.json" in [command.manifest for command in self.commands]:
@@ -362,9 +363,12 @@ class Planner:
         names = {"whole_word_mask": "do_whole_word_mask"}
         fields = [field.name for field in dataclasses.fields(RecordOptions) if field.name != "lowercase"]
         options = RecordOptions(lowercase=not self.config.get("cased"), **{name: getattr(parsed, names.get(name, name)) for name in fields})
-        extra = [getattr(options, name) for name in ("objective", "masking", "layout")]
+        extra: list[str] = [getattr(options, name) for name in ("objective", "masking", "layout")]
         unusual = [value for value in extra if value not in (RecordOptions.objective, RecordOptions.masking, RecordOptions.layout)]
-        return "_".join([options.folder_name, *unusual, *(["whole_word"] if options.whole_word_mask else [])])
+        unusual += ["whole_word"] if options.whole_word_mask else []
+        unusual += [f"bin_{options.bin_size}"] if options.layout == "binned" else []
+        unusual += [f"short_{options.short_seq_prob}"] if options.short_seq_prob != RecordOptions.short_seq_prob else []
+        return "_".join([options.folder_name, *unusual])
 
     def verify(self, section: dict[str, Any]) -> None:
         folders = [command.manifest.parent for command in self.commands if command.stage == "records" and command.manifest]

@@ -22,7 +22,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from berth.corpus.shardset import select_shards
+from berth.corpus.shardset import select_shards, shard_prefix
 from berth.errors import ConfigError, DataError
 from berth.files import read_json, sha256_file, sha256_json, write_json
 from berth.records.chunks import chunk_blocks, separators
@@ -362,3 +362,14 @@ def made_by_berth(path: Path) -> bool:
         return read_attributes(path).get("format") == FORMAT
     except DataError:
         return False
+
+
+def made_of_older_shards(path: Path, jobs: Sequence[Job]) -> bool:
+    """Whether ``path`` was made by this program of a shard that ``jobs`` no longer have, though they have others of its prefix."""
+    try:
+        found = read_attributes(path)
+    except DataError:
+        return False
+    name = str(found.get("input_name", ""))
+    prefixes = {shard_prefix(job.name) for job in jobs} - {None}
+    return found.get("format") == FORMAT and shard_prefix(name) in prefixes and name not in {job.name for job in jobs}

@@ -134,6 +134,22 @@ def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(work, tm
     assert len(list((tmp_path / "out").glob("*.hdf5"))) == 4
 
 
+def test_records_of_earlier_shards_go_when_asked(work, tmp_path):
+    shutil.copytree(work / "shards", tmp_path / "shards")
+    arguments = ("--vocab_file", work / "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "out")
+    succeed("create_pretraining_data.py", *arguments, cwd=tmp_path)
+    (tmp_path / "shards" / "text_shards.json").unlink()
+    (tmp_path / "shards" / "text_training_2.txt").unlink()
+    done = run("create_pretraining_data.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 1 and "text_training_2.hdf5" in done.stderr and "--remove_stale" in done.stderr
+    shutil.copy(tmp_path / "out" / "text_test_0.hdf5", tmp_path / "out" / "other.hdf5")  # of a shard that is there: not stale
+    assert run("create_pretraining_data.py", *arguments, "--remove_stale", cwd=tmp_path).returncode == 1
+    (tmp_path / "out" / "other.hdf5").unlink()
+    said = succeed("create_pretraining_data.py", *arguments, "--remove_stale", cwd=tmp_path)
+    assert "removed out/text_training_2.hdf5" in said and "0 file(s) made, 3 up to date" in said
+    assert len(list((tmp_path / "out").glob("*.hdf5"))) == 3
+
+
 def test_other_options_do_not_replace_finished_records(work):
     create(work, "--input_file", "shards", "--output_dir", "kept")
     before = digests(work / "kept")

@@ -96,7 +96,7 @@ def test_files_that_are_no_yaml(tmp_path):
         ({"records": {"masked_lm_prob": 2}}, "--masked_lm_prob 2.0 must be above 0"),
         ({"records": {"max_seq_length": 3}}, "--max_seq_length 3 must be"),
         (
-            {"records": [{"max_seq_length": 64}, {"max_seq_length": 64, "short_seq_prob": 0.5}]},
+            {"records": [{"max_seq_length": 64}, {"max_seq_length": 64, "bin_size": 32}]},
             "two sections of records would both be written",
         ),
         ({"shard": {"n_training_shards": "x"}}, "shard: argument --n_training_shards: invalid int"),
