@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import os
 import sys
 import time
@@ -24,6 +25,7 @@ from torch import nn
 import modeling
 import optimization
 from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, run_main
+from berth.records.dynamic import DynamicMasker, Masking
 from berth.records.reader import RecordsIndex, SampleStream, open_index
 from berth.text.vocabulary import Vocabulary
 from berth.training.batches import BatchPlan, StepBatch, step_batches
@@ -71,16 +73,20 @@ class Pretraining:
     """One run of one phase: everything is checked and loaded by the constructor, :meth:`run` is the loop."""
 
     def __init__(self, options: Options, communicator: Communicator, stop: StopRequest) -> None:
-        self.options, self.communicator, self.stop = options, communicator, stop
+        self.communicator, self.stop = communicator, stop
+        self.config = load_config(options.config_file)
+        self.padded_config = self.config.padded(8)
+        vocabulary = load_vocabulary(options, self.config)
+        self.index, vocab_sha256 = open_training_data(options, self.config, vocabulary)
+        self.options = options = fit_objective(options, self.index)
+        self.masking = choose_masking(options, self.index)
         self.reporter = Reporter(options, communicator.is_main)
         for notice in options.notices:
             self.reporter.say("note: %s", notice)
-        self.config = load_config(options.config_file)
-        self.padded_config = self.config.padded(8)
-        self.index, vocab_sha256 = open_training_data(options, self.config)
-        self.held_out = open_held_out(options, self.index, self.config.vocab_size, vocab_sha256)
+        self.held_out = open_held_out(options, self.index, self.config.vocab_size, vocab_sha256, vocabulary)
         self.global_batch = options.train_batch_size * communicator.world_size
-        self.identity = identity(options, self.config.to_dict(), communicator.world_size, self.index.fingerprint, vocab_sha256)
+        data = data_fingerprint(self.index, self.masking)
+        self.identity = identity(options, self.config.to_dict(), communicator.world_size, data, vocab_sha256)
         self.precision = make_precision(
             options.precision, communicator.device.type, options.loss_scale, options.init_loss_scale, options.min_loss_scale
         )
@@ -91,7 +97,8 @@ class Pretraining:
         self.fresh = True
         self.state = self.start()
         self.step = self.build_step()
-        self.stream = SampleStream(self.index, options.seed, self.config.vocab_size)
+        masker = None if self.masking is None or vocabulary is None else DynamicMasker(vocabulary, self.masking, options.seed)
+        self.stream = SampleStream(self.index, options.seed, self.config.vocab_size, group=self.global_batch, transform=masker)
         self.stream.rows(self.state.samples, 1)  # reads the first window now: damaged records are reported before anything is written
 
     # -- start --------------------------------------------------------------------------------------------------------
@@ -343,7 +350,8 @@ class Pretraining:
             phase1_end_step=self.state.offset,
             precision=options.precision,
             model_weights_num=parameters,
-            data_fingerprint=self.index.fingerprint,
+            data_fingerprint=self.identity["data"],
+            dynamic_masking=None if self.masking is None else dataclasses.asdict(self.masking),
             options=dataclasses.asdict(options),
             torch=torch.__version__,
             device=str(self.communicator.device),
@@ -446,10 +454,20 @@ def load_config(path: str) -> modeling.BertConfig:
         raise ConfigError(f"--config_file {path}: {error}") from error
 
 
-def open_training_data(options: Options, config: modeling.BertConfig) -> tuple[RecordsIndex, str]:
+def load_vocabulary(options: Options, config: modeling.BertConfig) -> Vocabulary | None:
+    """--vocab_file, checked against the model; ``None`` when it was not given."""
+    if options.vocab_file is None:
+        return None
+    vocabulary = Vocabulary.load(options.vocab_file)
+    check_vocabulary_size(vocabulary.size, f"--vocab_file {options.vocab_file} is", options, config)
+    return vocabulary
+
+
+def open_training_data(options: Options, config: modeling.BertConfig, vocabulary: Vocabulary | None) -> tuple[RecordsIndex, str]:
     """Index the records and check them against the flags, the vocabulary and the model; (index, vocabulary sha256 or '')."""
-    index = open_index(options.input_dir, "training", options.max_seq_length)
-    if options.max_predictions_per_seq not in (None, index.max_predictions):
+    index = open_index(options.input_dir, "training", options.max_seq_length, vocabulary=vocabulary)
+    drawn = options.dynamic_masking or not index.masked
+    if options.max_predictions_per_seq not in (None, index.max_predictions) and not drawn:
         raise DataError(
             f"the records in {options.input_dir} have {index.max_predictions} predictions a sequence but --max_predictions_per_seq is "
             f"{options.max_predictions_per_seq}; pass {index.max_predictions} or make the records again"
@@ -466,13 +484,47 @@ def open_training_data(options: Options, config: modeling.BertConfig) -> tuple[R
         (_, one), (_, other), *_ = digests.items()
         raise DataError(f"{one} and {other} were made with different vocabularies; make the records again with one")
     digest = next(iter(digests), "")
-    if options.vocab_file is not None:
-        vocabulary = Vocabulary.load(options.vocab_file)
+    if vocabulary is not None:
         if digest and vocabulary.sha256 != digest:
             raise DataError(f"the records in {options.input_dir} were made with another vocabulary than --vocab_file {options.vocab_file}")
-        check_vocabulary_size(vocabulary.size, f"--vocab_file {options.vocab_file} is", options, config)
         digest = vocabulary.sha256
     return index, digest
+
+
+def fit_objective(options: Options, index: RecordsIndex) -> Options:
+    """``options`` with the objective the records allow: rows that are no sentence pairs have no next sentence to predict."""
+    if index.objective == "mlm+nsp" or options.objective == "mlm":
+        return options
+    notice = "the records are no sentence pairs (objective mlm): training on masked tokens alone, as with --objective mlm"
+    return dataclasses.replace(options, objective="mlm", notices=(*options.notices, notice))
+
+
+def choose_masking(options: Options, index: RecordsIndex) -> Masking | None:
+    """How masks are drawn while reading; ``None`` when those of the records are used.
+
+    Raises :class:`DataError` for records without masks and no --dynamic_masking, :class:`ConfigError` for its options without it.
+    """
+    parquet = index.files[0].layout == "parquet"
+    if not options.dynamic_masking and (index.masked or not parquet):
+        if not index.masked:
+            raise DataError(
+                f"the records in {options.input_dir} hold no masks (made with --masking none); train with --dynamic_masking --vocab_file, or "
+                "make them again with masks"
+            )
+        for name in ("masked_lm_prob", "whole_word_mask"):
+            if getattr(options, name):
+                raise ConfigError(f"--{name} belongs to --dynamic_masking; the records in {options.input_dir} hold their own masks")
+        return None
+    prob = options.masked_lm_prob or index.masked_lm_prob or 0.15
+    most = options.max_predictions_per_seq or index.max_predictions
+    return Masking(prob, min(most, index.seq_length), options.whole_word_mask)
+
+
+def data_fingerprint(index: RecordsIndex, masking: Masking | None) -> str:
+    """What a resumed run must read again: the records, and the rules of masks that are drawn while reading."""
+    if masking is None:
+        return index.fingerprint
+    return hashlib.sha256(f"{index.fingerprint} {sorted(dataclasses.asdict(masking).items())}".encode()).hexdigest()
 
 
 def check_vocabulary_size(size: int, what: str, options: Options, config: modeling.BertConfig) -> None:
@@ -484,17 +536,27 @@ def check_vocabulary_size(size: int, what: str, options: Options, config: modeli
         )
 
 
-def open_held_out(options: Options, index: RecordsIndex, vocab_size: int, vocab_sha256: str) -> HeldOut | None:
-    """The held-out shard in memory, or ``None`` without --eval_dir."""
+def open_held_out(
+    options: Options, index: RecordsIndex, vocab_size: int, vocab_sha256: str, vocabulary: Vocabulary | None
+) -> HeldOut | None:  # fmt: skip
+    """The held-out records, or ``None`` without --eval_dir. Their own masks are scored; where they have none, masks that never change."""
     if options.eval_dir is None:
         return None
-    held_out = open_index(options.eval_dir, "test", index.seq_length, "the training records' length")
+    held_out = open_index(options.eval_dir, "test", index.seq_length, "the training records' length", vocabulary=vocabulary)
     for file in held_out.files:
         if vocab_sha256 and file.vocab_sha256 not in ("", vocab_sha256):
             raise DataError(
                 f"the held-out records {file.path} were made with another vocabulary than the training records; make them again"
             )
-    return HeldOut(held_out, vocab_size, options.eval_samples)
+    if held_out.objective == "mlm" and options.objective != "mlm":
+        raise DataError(f"the held-out records in {options.eval_dir} are no sentence pairs, those to train on are; make them in one way")
+    masker = None
+    if not held_out.masked:
+        if vocabulary is None:
+            raise DataError(f"the held-out records in {options.eval_dir} hold no masks; give --vocab_file, so that they can be drawn")
+        prob = options.masked_lm_prob or held_out.masked_lm_prob or 0.15
+        masker = DynamicMasker(vocabulary, Masking(prob, held_out.max_predictions), seed=0)
+    return HeldOut(held_out, vocab_size, options.eval_samples, masker)
 
 
 def build_model(options: Options, config: modeling.BertConfig) -> nn.Module:

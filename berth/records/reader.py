@@ -1,13 +1,17 @@
-"""hdf5 records -> samples by number: one endless shuffled stream that does not depend on who reads it.
+"""Records files -> samples by number: one endless shuffled stream that does not depend on who reads it.
 
 Sample ``k`` of the stream is sample ``k mod N`` of epoch ``k // N``, where an epoch is a permutation of all ``N`` rows made from
 (seed, epoch) alone. World size, worker count and accumulation decide only *which* numbers a process asks for, so a run can
 stop at any number and go on there, on other hardware.
 
 A full random permutation would read gzip chunks one row at a time (about 400 rows/s). Instead the files are cut into blocks
-of ``block_rows`` neighbouring rows, the blocks of all files are shuffled, and consecutive blocks form windows of about
-``window_rows`` rows inside which the rows are shuffled. Records files are shuffled when they are made, so neighbours in a
-block are unrelated. A window is read once, block by block, into memory.
+of neighbouring rows (1024, or whole chunks of files of other programs), the blocks of all files are shuffled, and consecutive
+blocks form windows of about ``window_rows`` rows inside which the rows are shuffled. Records files are shuffled when they are
+made, so neighbours in a block are unrelated. A window is read once, block by block, into memory.
+
+Length-binned records have one more rule: every group of ``group`` consecutive samples (the global batch) comes from one bin. Each bin
+is a sequence shuffled as above; which bin comes next is shuffled; what is left of the bins when they are cut into groups forms mixed groups
+at the ends of the epoch. The order is then a function of (seed, epoch, ``group``).
 """
 
 from __future__ import annotations
@@ -17,75 +21,42 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from berth.errors import DataError
+from berth.errors import ConfigError, DataError
+from berth.records.direct import TableCache
+from berth.records.layouts import BLOCK_ROWS, RecordsFile, inspect_hdf5, read_blocks
+from berth.records.lddl import LddlReader, inspect_parquet, is_parquet
+from berth.records.rows import FIELDS, NO_LABEL, Rows, narrow_type
+from berth.text.vocabulary import Vocabulary
 
-BLOCK_ROWS = 1024
+__all__ = [
+    "BLOCK_ROWS", "FIELDS", "NO_LABEL", "WINDOW_ROWS", "RecordsFile", "RecordsIndex", "Rows", "SampleStream", "find_files", "kind_of",
+    "open_index",
+]  # fmt: skip
+
 WINDOW_ROWS = 1 << 16
-
-FIELDS = (
-    "input_ids",
-    "input_mask",
-    "segment_ids",
-    "masked_lm_positions",
-    "masked_lm_ids",
-    "next_sentence_labels",
-)
 SUFFIXES = (".hdf5", ".h5")
 
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """Samples as in the file: int32 ``[N, L]`` / ``[N, P]`` ids and positions, int8 masks, segments and labels."""
-
-    input_ids: np.ndarray
-    input_mask: np.ndarray
-    segment_ids: np.ndarray
-    masked_lm_positions: np.ndarray
-    masked_lm_ids: np.ndarray
-    next_sentence_labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.next_sentence_labels)
-
-    def take(self, selection: np.ndarray | slice) -> Rows:
-        """The rows of ``selection``, in its order."""
-        return Rows(*(getattr(self, field)[selection] for field in FIELDS))
-
-    @staticmethod
-    def concatenate(parts: list[Rows]) -> Rows:
-        """Join parts end to end."""
-        if len(parts) == 1:
-            return parts[0]
-        return Rows(*(np.concatenate([getattr(part, field) for part in parts]) for field in FIELDS))
-
-
-@dataclasses.dataclass(frozen=True)
-class RecordsFile:
-    """One hdf5 file: where it is, how many rows, and what its attributes say of its vocabulary ('' and 0 if nothing).
-
-    ``digest`` names its content: of the attributes that decide it (input, options, seed), or of the size for files without any.
-    """
-
-    path: Path
-    rows: int
-    vocab_sha256: str = ""
-    vocab_size: int = 0
-    digest: str = ""
-    lowercase: bool | None = None
+# rows and the numbers of these samples -> what is trained on (berth.records.dynamic)
+Transform = Callable[[Rows, NDArray[np.int64]], Rows]
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordsIndex:
-    """The files of one data folder in name order, all of one shape. ``fingerprint`` names the data set for checkpoints."""
+    """The files of one data folder in name order, all of one kind. ``fingerprint`` names the data set for checkpoints.
+
+    ``vocabulary`` is what reading strings (LDDL) needs, ``None`` otherwise.
+    """
 
     files: tuple[RecordsFile, ...]
     seq_length: int
     max_predictions: int
+    vocabulary: Vocabulary | None = None
 
     @property
     def rows(self) -> int:
@@ -99,9 +70,30 @@ class RecordsIndex:
         return said.pop() if len(said) == 1 else None
 
     @property
+    def objective(self) -> str:
+        """``mlm`` when the rows are no sentence pairs, else ``mlm+nsp``."""
+        return self.files[0].objective
+
+    @property
+    def masked(self) -> bool:
+        """Whether the files hold masks."""
+        return self.files[0].masking == "static"
+
+    @property
+    def masked_lm_prob(self) -> float | None:
+        """The share of masked positions the files say they were (or are to be) made with, ``None`` if they do not."""
+        said = {file.masked_lm_prob for file in self.files}
+        return said.pop() if len(said) == 1 else None
+
+    @property
+    def binned(self) -> bool:
+        """Whether the files are bins of different lengths."""
+        return len({file.bin_high for file in self.files}) > 1
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of the files' names, row counts and content digests: equal when the stream hands out the same samples."""
-        text = "\n".join(f"{file.path.name} {file.rows} {file.digest}" for file in self.files)
+        text = "\n".join(file.name for file in self.files)
         return hashlib.sha256(f"{self.seq_length} {self.max_predictions}\n{text}".encode()).hexdigest()
 
 
@@ -110,10 +102,11 @@ def kind_of(path: Path) -> str | None:
 
     Raises :class:`DataError` when the name has both words and not that form.
     """
-    ending = re.search(r"(?:^|_)(training|test)_\d+$", path.stem)
+    stem = re.sub(r"_bin_\d+$", "", path.stem)
+    ending = re.search(r"(?:^|_)(training|test)_\d+$", stem)
     if ending:
         return ending.group(1)
-    found = {"training", "test"} & set(re.split(r"[^a-z]+", path.stem.lower()))
+    found = {"training", "test"} & set(re.split(r"[^a-z]+", stem.lower()))
     if len(found) > 1:
         raise DataError(f"{path} may be training or held-out data; name it <prefix>_training_<i>.hdf5 or <prefix>_test_<i>.hdf5")
     return next(iter(found), None)
@@ -121,7 +114,7 @@ def kind_of(path: Path) -> str | None:
 
 def find_files(folder: str | os.PathLike[str], kind: str) -> list[Path]:
     """Records files of a folder, sorted by name: those that are for ``kind`` ("training" or "test") by their name, or, when none is,
-    those whose name says neither. A single file stands for itself.
+    those whose name says neither. A single file stands for itself. LDDL's Parquet files are taken where there is no hdf5.
 
     Raises :class:`DataError` when there is none.
     """
@@ -130,68 +123,197 @@ def find_files(folder: str | os.PathLike[str], kind: str) -> list[Path]:
         return [root]
     if not root.is_dir():
         raise DataError(f"data folder {folder} does not exist; give the folder that create_pretraining_data.py wrote")
-    every = sorted(path for path in root.iterdir() if path.suffix in SUFFIXES and not path.name.startswith("."))
+    visible = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    every = [path for path in visible if path.suffix in SUFFIXES]
+    parquet = [path for path in visible if is_parquet(path)]
+    if every and parquet:
+        raise DataError(f"data folder {folder} holds hdf5 and Parquet files ({every[0].name}, {parquet[0].name}); keep one kind")
+    every = every or parquet
     kinds = {path: kind_of(path) for path in every}
     chosen = [path for path in every if kinds[path] == kind] or [path for path in every if kinds[path] is None]
     if not chosen:
-        what = f"{len(every)} hdf5 files, none of them for {kind}" if every else "no .hdf5 file"
+        what = f"{len(every)} records files, none of them for {kind}" if every else "no .hdf5 file"
         raise DataError(f"data folder {folder} holds {what}; make records with create_pretraining_data.py")
     return chosen
 
 
 def open_index(
-    folder: str | os.PathLike[str], kind: str, seq_length: int | None = None, wanted_by: str = "--max_seq_length"
+    folder: str | os.PathLike[str],
+    kind: str,
+    seq_length: int | None = None,
+    wanted_by: str = "--max_seq_length",
+    *,
+    vocabulary: Vocabulary | None = None,
 ) -> RecordsIndex:
     """Look into every file of a folder (shapes and attributes only) and check that they belong together.
 
+    Args:
+        folder: with records, or one file.
+        kind: "training" or "test".
+        seq_length: what the records must have, if given; LDDL's Parquet does not say what it was made for, so there it is a bound.
+        wanted_by: where ``seq_length`` comes from, for messages.
+        vocabulary: needed for Parquet.
+
     Raises :class:`DataError` naming the file for: an unreadable or truncated file, a missing data set, lengths that differ
-    between files or from ``seq_length``, a folder without a single row.
+    between files or from ``seq_length``, a folder without a single row. :class:`ConfigError` for Parquet without ``vocabulary``.
     """
-    files: list[RecordsFile] = []
-    shape: tuple[int, int] | None = None
-    for path in find_files(folder, kind):
-        file, length, predictions = _inspect(path)
-        if seq_length is not None and length != seq_length:
-            raise DataError(
-                f"{path} holds sequences of {length} tokens but {wanted_by} is {seq_length}; give records of length {seq_length}, or "
-                f"change {wanted_by} to {length}"
+    paths = find_files(folder, kind)
+    if is_parquet(paths[0]):
+        if vocabulary is None:
+            raise ConfigError(
+                f"the Parquet files in {folder} hold tokens, not ids; give --vocab_file with the vocabulary they were made with"
             )
-        if shape is None:
-            shape = (length, predictions)
-        elif shape != (length, predictions):
-            raise DataError(
-                f"{path} has sequence length {length} and {predictions} predictions, {files[0].path} has {shape[0]} and {shape[1]}; "
-                "records of one folder must have one shape"
-            )
-        files.append(file)
-    assert shape is not None
-    index = RecordsIndex(tuple(files), *shape)
+        files = inspect_parquet(paths, seq_length)
+        index = RecordsIndex(files, files[0].max_seq_length, max(file.predictions for file in files), vocabulary)
+    else:
+        files = tuple(inspect_hdf5(path) for path in paths)
+        for file in files:
+            _check_shape(file, files[0], seq_length, wanted_by)
+        index = RecordsIndex(files, files[0].max_seq_length, files[0].predictions, vocabulary)
     if index.rows == 0:
         raise DataError(f"the {len(files)} records files in {folder} hold no instance at all; was the text empty?")
     return index
 
 
-def _inspect(path: Path) -> tuple[RecordsFile, int, int]:
-    try:
-        with h5py.File(path, "r") as handle:
-            missing = [field for field in FIELDS if field not in handle]
-            if missing:
-                raise DataError(f"{path} lacks the data sets {', '.join(missing)}; it is not a BERT pretraining records file")
-            rows, length = handle["input_ids"].shape
-            predictions = handle["masked_lm_positions"].shape[1]
-            short = [field for field in FIELDS if handle[field].shape[0] != rows]
-            if short:
-                raise DataError(f"{path}: data set {short[0]} has {handle[short[0]].shape[0]} rows, input_ids has {rows}")
-            attributes = {name: str(value) for name, value in handle.attrs.items() if not name.startswith("count_")}
-            vocab_size = int(attributes.get("vocab_size", "0") or 0)
-            content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes)) or str(path.stat().st_size)
-            lower = {"True": True, "1": True, "False": False, "0": False}.get(attributes.get("do_lower_case", ""))
-            digest = hashlib.sha256(content.encode()).hexdigest()
-            return RecordsFile(path, rows, attributes.get("vocab_sha256", ""), vocab_size, digest, lower), length, predictions
-    except OSError as error:
+def _check_shape(file: RecordsFile, first: RecordsFile, seq_length: int | None, wanted_by: str) -> None:
+    length = file.max_seq_length
+    if seq_length is not None and length != seq_length:
         raise DataError(
-            f"{path} cannot be read as hdf5 ({error}); a truncated file must be made again with create_pretraining_data.py"
-        ) from error
+            f"{file.path} holds sequences of {length} tokens but {wanted_by} is {seq_length}; give records of length {seq_length}, or "
+            f"change {wanted_by} to {length}"
+        )
+    if (length, file.predictions) != (first.max_seq_length, first.predictions):
+        raise DataError(
+            f"{file.path} has sequence length {length} and {file.predictions} predictions, {first.path} has {first.max_seq_length} and "
+            f"{first.predictions}; records of one folder must have one shape"
+        )
+    for name in ("layout", "objective", "masking"):
+        if getattr(file, name) != getattr(first, name):
+            raise DataError(
+                f"{file.path} has {name} {getattr(file, name)}, {first.path} has {getattr(first, name)}; records of one folder must have one {name}"
+            )
+
+
+class _Lane:
+    """The shuffled sequence over the blocks of some files: position ``p`` of epoch ``e`` is one of their rows.
+
+    ``key`` names its draws: the order of the blocks comes from ``(seed, epoch, *order_key)``, the order inside window ``w`` from
+    ``(seed, epoch, *window_key, w)``.
+    """
+
+    def __init__(
+        self, stream: SampleStream, numbers: Sequence[int], order_key: tuple[int, ...], window_key: tuple[int, ...], window_rows: int,
+        block_rows: int | None,
+    ) -> None:  # fmt: skip
+        self.stream, self.order_key, self.window_key, self.window_rows = stream, order_key, window_key, window_rows
+        files = stream.index.files
+        # file, first row and rows of every block
+        self._blocks = np.concatenate([np.insert(files[number].cut(block_rows), 0, number, axis=1) for number in numbers])
+        self.rows = int(self._blocks[:, 2].sum())
+        self.length = max(files[number].length for number in numbers)
+        self.predictions = max(files[number].predictions for number in numbers)
+        self._epoch = -1
+        self._windows: list[NDArray[np.int64]] = []
+        self._starts: list[int] = []
+        self._cached: dict[tuple[int, int], tuple[Rows, NDArray[np.int64]]] = {}
+        # memory of windows that are done with: fresh memory costs as much to be given by the system as a window costs to fill
+        self._spare: Rows | None = None
+        widths = {(files[number].length, files[number].predictions, files[number].layout) for number in numbers}
+        self._reuses = len(widths) == 1 and next(iter(widths))[2] != "parquet"  # which is decoded into new memory
+        # a data set that fits one window is read once and kept, whatever the number of epochs
+        self._resident: Rows | None = None
+
+    def take(self, epoch: int, position: int, count: int) -> Iterator[Rows]:
+        """Rows ``position .. position + count - 1`` of ``epoch``, in pieces."""
+        self._plan(epoch)
+        while count > 0:
+            window = bisect.bisect_right(self._starts, position) - 1
+            offset = position - self._starts[window]
+            rows, layout = self._window(epoch, window)
+            part = rows.take(layout[offset : offset + count])
+            yield part
+            position, count = position + len(part), count - len(part)
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.stream.seed, *key))))
+
+    def _plan(self, epoch: int) -> None:
+        """Lay out the windows of one epoch: the shuffled blocks, cut after every ``window_rows`` rows."""
+        if epoch == self._epoch:
+            return
+        shuffled = self.stream.shuffle
+        order = self._generator(epoch, *self.order_key).permutation(len(self._blocks)) if shuffled else np.arange(len(self._blocks))
+        blocks = self._blocks[order]
+        cuts = np.flatnonzero(np.diff(_offsets(blocks) // self.window_rows)) + 1
+        self._windows = np.split(blocks, cuts)
+        sizes = [int(window[:, 2].sum()) for window in self._windows]
+        self._starts = [int(start) for start in np.cumsum([0, *sizes[:-1]])]
+        self._epoch = epoch
+
+    def _window(self, epoch: int, number: int) -> tuple[Rows, NDArray[np.int64]]:
+        key = (epoch, number)
+        if key not in self._cached:
+            # only the window in use and its predecessor (a step may straddle two) stay in memory
+            while len(self._cached) > 1:
+                rows, _ = self._cached.pop(next(iter(self._cached)))
+                if self._reuses and rows is not self._resident:
+                    self._spare = rows
+            self._cached[key] = self._load(epoch, number)
+        return self._cached[key]
+
+    def _load(self, epoch: int, number: int) -> tuple[Rows, NDArray[np.int64]]:
+        """The rows of a window as they are read, and the order they are handed out in."""
+        blocks = self._windows[number]
+        if len(self._windows) == 1:
+            if self._resident is None:
+                self._resident = self._read(self._blocks)
+            rows = self._resident
+            starts = {(int(f), int(s)): int(at) for (f, s, _), at in zip(self._blocks, _offsets(self._blocks), strict=True)}
+            layout = np.concatenate([np.arange(starts[int(f), int(s)], starts[int(f), int(s)] + n) for f, s, n in blocks])
+        else:
+            rows = self._read(blocks)
+            layout = np.arange(len(rows))
+        if self.stream.shuffle:
+            layout = layout[self._generator(epoch, *self.window_key, number).permutation(len(layout))]
+        return rows, layout
+
+    def _read(self, blocks: NDArray[np.int64]) -> Rows:
+        """Read blocks into memory in the given order, each file opened once."""
+        stream = self.stream
+        rows = self._room(int(blocks[:, 2].sum()))
+        offsets = _offsets(blocks)
+        for number in np.unique(blocks[:, 0]):
+            file = stream.index.files[number]
+            own = [(int(blocks[at, 1]), int(blocks[at, 2]), int(offsets[at])) for at in np.flatnonzero(blocks[:, 0] == number)]
+            if file.layout == "parquet":
+                assert stream.lddl is not None
+                rows = stream.lddl.read_blocks(file, own, rows)
+            else:
+                read_blocks(file, own, rows, stream.vocab_size, stream.tables)
+        return rows
+
+    def _room(self, count: int) -> Rows:
+        """Memory for ``count`` rows: that of a former window where it is large enough."""
+        spare, self._spare = self._spare, None
+        # rows are slices of the memory they were read into
+        memory = None if spare is None else Rows(*(getattr(spare, field).base for field in FIELDS))
+        if memory is None or len(memory) < count:
+            spacious = max(count, min(self.rows, self.window_rows + int(self._blocks[:, 2].max()))) if self._reuses else count
+            memory = Rows.zeros(spacious, self.length, self.predictions, narrow_type(self.stream.vocab_size))
+        return memory.take(slice(0, count))
+
+
+def _offsets(blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.cumsum(blocks[:, 2]) - blocks[:, 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Course:
+    """One epoch of binned records: run ``i`` starts at sample ``starts[i]`` and takes rows of ``lanes[i]`` from ``positions[i]`` on."""
+
+    starts: NDArray[np.int64]
+    lanes: NDArray[np.int64]
+    positions: NDArray[np.int64]
 
 
 class SampleStream:
@@ -202,7 +324,9 @@ class SampleStream:
         seed: names the shuffling.
         vocab_size: rows with an id outside ``[0, vocab_size)`` raise :class:`DataError` when their block is read.
         shuffle: ``False`` gives file order in every epoch (evaluation).
-        block_rows, window_rows: see the module docstring; part of the order, hence constants of a run.
+        block_rows, window_rows: see the module docstring; part of the order, hence constants of a run. ``block_rows`` None: as the files say.
+        group: samples that belong together (the global batch); of use for length-binned records only.
+        transform: applied to what is read, with the numbers of the samples (dynamic masking).
     """
 
     def __init__(
@@ -212,119 +336,80 @@ class SampleStream:
         vocab_size: int,
         *,
         shuffle: bool = True,
-        block_rows: int = BLOCK_ROWS,
+        block_rows: int | None = None,
         window_rows: int = WINDOW_ROWS,
+        group: int | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self.index, self.seed, self.vocab_size, self.shuffle = index, seed, vocab_size, shuffle
-        self.window_rows = window_rows
-        self._blocks = np.array(
-            [
-                (number, start, min(block_rows, file.rows - start))
-                for number, file in enumerate(index.files)
-                for start in range(0, file.rows, block_rows)
-            ],
-            dtype=np.int64,
-        ).reshape(-1, 3)
+        self.transform = transform
+        self.tables = TableCache()
+        self.lddl = LddlReader(index.vocabulary) if index.vocabulary is not None else None
+        numbers = range(len(index.files))
+        self.group = group if shuffle and index.binned else None
+        if self.group is None:
+            self._lanes = [_Lane(self, numbers, (0,), (1,), window_rows, block_rows)]
+        else:
+            bins = sorted({file.bin_high for file in index.files if file.rows})
+            share = max(BLOCK_ROWS, window_rows // len(bins))  # all bins together hold about one window
+            self._lanes = [
+                _Lane(self, [n for n in numbers if index.files[n].bin_high == high], (2, at), (3, at), share, block_rows)
+                for at, high in enumerate(bins)
+            ]
         self._epoch = -1
-        self._windows: list[np.ndarray] = []
-        self._starts: list[int] = []
-        self._cached: dict[tuple[int, int], Rows] = {}
-        # a data set that fits one window is read once and kept, whatever the number of epochs
-        self._resident: Rows | None = None
+        self._course: _Course | None = None
 
     def rows(self, first: int, count: int) -> Rows:
         """Samples ``first .. first + count - 1`` of the stream, in stream order; may cross windows and epochs."""
         parts: list[Rows] = []
+        at, left = first, count
+        while left > 0:
+            epoch, position = divmod(at, self.index.rows)
+            taken = min(left, self.index.rows - position)
+            parts += self._lanes[0].take(epoch, position, taken) if self.group is None else self._take_binned(epoch, position, taken)
+            at, left = at + taken, left - taken
+        rows = Rows.concatenate(parts).widened()
+        if self.group is None:
+            rows = rows.fitted(self.index.seq_length, rows.masked_lm_ids.shape[1])
+        return rows if self.transform is None else self.transform(rows, np.arange(first, first + count))
+
+    def _take_binned(self, epoch: int, position: int, count: int) -> Iterator[Rows]:
+        assert self.group is not None
+        if epoch != self._epoch or self._course is None:
+            self._course, self._epoch = self._plan_bins(epoch, self.group), epoch
+        course = self._course
+        run = int(np.searchsorted(course.starts, position, side="right")) - 1
         while count > 0:
-            epoch, position = divmod(first, self.index.rows)
-            self._plan(epoch)
-            window = bisect.bisect_right(self._starts, position) - 1
-            offset = position - self._starts[window]
-            data = self._window(epoch, window)
-            part = data.take(slice(offset, min(offset + count, len(data))))
-            parts.append(part)
-            first, count = first + len(part), count - len(part)
-        return Rows.concatenate(parts)
+            end = int(course.starts[run + 1]) if run + 1 < len(course.starts) else self.index.rows
+            skipped, taken = position - int(course.starts[run]), min(count, end - position)
+            yield from self._lanes[course.lanes[run]].take(epoch, int(course.positions[run]) + skipped, taken)
+            position, count, run = position + taken, count - taken, run + 1
 
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, *key))))
+    def _plan_bins(self, epoch: int, group: int) -> _Course:
+        """Which bin every run of samples comes from: single rows up to the first group's edge, whole groups, single rows to the end.
 
-    def _plan(self, epoch: int) -> None:
-        """Lay out the windows of one epoch: the shuffled blocks, cut after every ``window_rows`` rows."""
-        if epoch == self._epoch:
-            return
-        order = self._generator(epoch, 0).permutation(len(self._blocks)) if self.shuffle else np.arange(len(self._blocks))
-        blocks = self._blocks[order]
-        before = np.cumsum(blocks[:, 2]) - blocks[:, 2]
-        cuts = np.flatnonzero(np.diff(before // self.window_rows)) + 1
-        self._windows = np.split(blocks, cuts)
-        sizes = [int(window[:, 2].sum()) for window in self._windows]
-        self._starts = [int(start) for start in np.cumsum([0, *sizes[:-1]])]
-        self._epoch = epoch
-
-    def _window(self, epoch: int, number: int) -> Rows:
-        key = (epoch, number)
-        if key not in self._cached:
-            # only the window in use and its predecessor (a step may straddle two) stay in memory
-            self._cached = dict(list(self._cached.items())[-1:])
-            self._cached[key] = self._load(epoch, number)
-        return self._cached[key]
-
-    def _load(self, epoch: int, number: int) -> Rows:
-        blocks = self._windows[number]
-        if len(self._windows) == 1:
-            if self._resident is None:
-                self._resident = self._read(self._blocks)
-            rows = self._resident
-            starts = {(int(f), int(s)): int(at) for (f, s, _), at in zip(self._blocks, self._block_offsets(self._blocks), strict=True)}
-            layout = np.concatenate([np.arange(starts[int(f), int(s)], starts[int(f), int(s)] + n) for f, s, n in blocks])
-        else:
-            rows = self._read(blocks)
-            layout = np.arange(len(rows))
-        if self.shuffle:
-            layout = layout[self._generator(epoch, 1, number).permutation(len(layout))]
-        return rows.take(layout)
-
-    @staticmethod
-    def _block_offsets(blocks: np.ndarray) -> np.ndarray:
-        return np.cumsum(blocks[:, 2]) - blocks[:, 2]
-
-    def _read(self, blocks: np.ndarray) -> Rows:
-        """Read blocks into memory in the given order, each file opened once."""
-        total, length, predictions = int(blocks[:, 2].sum()), self.index.seq_length, self.index.max_predictions
-        rows = Rows(
-            np.empty((total, length), np.int32),
-            np.empty((total, length), np.int8),
-            np.empty((total, length), np.int8),
-            np.empty((total, predictions), np.int32),
-            np.empty((total, predictions), np.int32),
-            np.empty(total, np.int8),
-        )
-        offsets = self._block_offsets(blocks)
-        for number in np.unique(blocks[:, 0]):
-            path = self.index.files[number].path
-            try:
-                with h5py.File(path, "r") as handle:
-                    for at in np.flatnonzero(blocks[:, 0] == number):
-                        _, start, count = (int(value) for value in blocks[at])
-                        into = slice(int(offsets[at]), int(offsets[at]) + count)
-                        for field in FIELDS:
-                            getattr(rows, field)[into] = handle[field][start : start + count]
-                        self._check(path, start, rows.take(into))
-            except OSError as error:
-                raise DataError(f"{path} cannot be read ({error}); make it again with create_pretraining_data.py") from error
-        return rows
-
-    def _check(self, path: Path, start: int, rows: Rows) -> None:
-        for field in ("input_ids", "masked_lm_ids"):
-            values = getattr(rows, field)
-            if values.size and not (values.min() >= 0 and values.max() < self.vocab_size):
-                row = int(np.flatnonzero((values < 0).any(1) | (values >= self.vocab_size).any(1))[0])
-                bad = values[row][(values[row] < 0) | (values[row] >= self.vocab_size)][0]
-                raise DataError(
-                    f"{path}, row {start + row}: {field} holds id {bad}, the model's vocabulary has {self.vocab_size} entries; the "
-                    "records were made with another vocabulary, use its bert_config.json or make the records again"
-                )
-        positions = rows.masked_lm_positions
-        if positions.size and not (positions.min() >= 0 and positions.max() < self.index.seq_length):
-            raise DataError(f"{path}, rows from {start}: a masked position lies outside 0..{self.index.seq_length - 1}")
+        Groups lie at multiples of ``group`` in the endless stream, so an epoch in general begins inside one, which the epoch before has begun.
+        """
+        generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence((self.seed, epoch, 4))))
+        sizes = np.array([lane.rows for lane in self._lanes], np.int64)
+        groups = sizes // group
+        head = min(-epoch * self.index.rows % group, self.index.rows)
+        left = sizes - groups * group
+        while left.sum() < head:  # the largest bin gives a group to begin with
+            largest = int(np.argmax(groups))
+            groups[largest], left[largest] = groups[largest] - 1, left[largest] + group
+        numbers = np.arange(len(sizes))
+        singles = generator.permutation(np.repeat(numbers, left))
+        whole = generator.permutation(np.repeat(numbers, groups))
+        # single rows bin by bin: most groups of them are of one bin, too
+        lanes = np.concatenate([np.sort(singles[:head]), whole, np.sort(singles[head:])])
+        lengths = np.concatenate([np.ones(head, np.int64), np.full(len(whole), group, np.int64), np.ones(len(singles) - head, np.int64)])
+        positions = np.zeros(len(lanes), np.int64)
+        for lane in numbers:
+            own = np.flatnonzero(lanes == lane)
+            positions[own] = np.cumsum(lengths[own]) - lengths[own]
+        # neighbouring runs of one bin are one run
+        starts = np.cumsum(lengths) - lengths
+        keep = np.ones(len(lanes), bool)
+        keep[1:] = lanes[1:] != lanes[:-1]
+        return _Course(starts[keep], lanes[keep], positions[keep])

@@ -11,24 +11,29 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from isal import isal_zlib
+from numpy.typing import NDArray
 
-from berth.records.reader import Rows, SampleStream
+from berth.records.reader import SampleStream
+from berth.records.rows import NO_LABEL, Rows, flat_places, masked_places
 
 PAD_MULTIPLE = 8
-IGNORED = -100
+IGNORED = NO_LABEL
 
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
     """One forward pass. ``B`` sequences of ``S`` tokens, ``M`` masked tokens.
 
-    ``input_ids``, ``labels`` int64 [B, S] (labels -100 where not masked); ``attention_mask`` bool [B, S]; ``token_type_ids`` int64 [B, S];
-    ``next_sentence_label`` int64 [B]; ``masked_index`` int64 [M], flat positions of the labels.
+    ``input_ids``, ``labels`` [B, S] (labels -100 where not masked); ``attention_mask`` bool [B, S]; ``token_type_ids`` [B, S];
+    ``next_sentence_label`` [B] (-100: no sentence pair); ``masked_index`` int64 [M], flat positions of the labels.
+
+    Integers are int32 and int8 as they are read: half to an eighth of the bytes to fill and to copy. :meth:`to` makes them int64, which
+    the model takes, on the device.
     """
 
     input_ids: torch.Tensor
@@ -39,11 +44,11 @@ class MicroBatch:
     masked_index: torch.Tensor
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copy to ``device`` without waiting for it."""
-        if device.type == "cpu":
-            return self
-        moved = (getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in dataclasses.fields(self))
-        return MicroBatch(*moved)
+        """Copy to ``device`` without waiting for it; all integers int64 there."""
+        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
+        if device.type != "cpu":
+            tensors = (tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors)
+        return MicroBatch(*(tensor if tensor.dtype is torch.bool else tensor.long() for tensor in tensors))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,23 +67,27 @@ class StepBatch:
     checksum: int
 
 
-def to_micro_batch(rows: Rows) -> MicroBatch:
-    """Turn rows into tensors: labels scattered to their positions, trailing padding common to all rows cut off."""
-    lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
+def to_micro_batch(rows: Rows, lengths: NDArray[np.int64] | None = None) -> MicroBatch:
+    """Turn rows into tensors: labels scattered to their positions, trailing padding common to all rows cut off.
+
+    ``lengths`` are the rows' real tokens, if the caller has counted them. Tensors share memory with ``rows`` where they can.
+    """
+    lengths = rows.lengths() if lengths is None else lengths
     width = int(lengths.max()) if len(rows) else 1
     width = min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, rows.input_ids.shape[1])
-    # position 0 is always [CLS]; the first 0 ends the list of masked positions
-    valid = np.cumprod(rows.masked_lm_positions != 0, axis=1).astype(bool)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    row, column = np.nonzero(valid)
-    labels[row, rows.masked_lm_positions[row, column]] = rows.masked_lm_ids[row, column]
+    valid = masked_places(rows)
+    index = flat_places(rows, valid, width)
+    labels = np.full(len(rows) * width, IGNORED, dtype=np.int32)
+    labels[index] = rows.masked_lm_ids[valid]
+    if (index[1:] <= index[:-1]).any():  # positions that are not ascending, which only other programs write
+        index = np.flatnonzero(labels != IGNORED)
     return MicroBatch(
-        input_ids=torch.from_numpy(rows.input_ids[:, :width].astype(np.int64)),
-        attention_mask=torch.from_numpy(rows.input_mask[:, :width].astype(bool)),
-        token_type_ids=torch.from_numpy(rows.segment_ids[:, :width].astype(np.int64)),
-        labels=torch.from_numpy(labels),
-        next_sentence_label=torch.from_numpy(rows.next_sentence_labels.astype(np.int64)),
-        masked_index=torch.from_numpy(np.flatnonzero(labels != IGNORED)),
+        input_ids=torch.from_numpy(rows.input_ids[:, :width]),
+        attention_mask=torch.from_numpy(rows.input_mask[:, :width] != 0),
+        token_type_ids=torch.from_numpy(rows.segment_ids[:, :width]),
+        labels=torch.from_numpy(labels.reshape(len(rows), width)),
+        next_sentence_label=torch.from_numpy(rows.next_sentence_labels),
+        masked_index=torch.from_numpy(index),
     )
 
 
@@ -100,12 +109,13 @@ class BatchPlan:
         """The micro-batches of the step that starts at ``first_sample``, for this rank."""
         share = self.micro_batch * self.accumulation
         rows = stream.rows(first_sample + self.rank * share, share)
-        checksum = zlib.crc32(rows.input_ids.tobytes())
-        lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
+        checksum = isal_zlib.crc32(np.ascontiguousarray(rows.input_ids))
+        lengths = rows.lengths()
         if self.group_by_length and self.accumulation > 1:
-            rows = rows.take(np.argsort(lengths, kind="stable"))
-        cuts = range(0, share, self.micro_batch)
-        micro = tuple(to_micro_batch(rows.take(slice(at, at + self.micro_batch))) for at in cuts)
+            order = np.argsort(lengths, kind="stable")
+            rows, lengths = rows.take(order), lengths[order]
+        cuts = [slice(at, at + self.micro_batch) for at in range(0, share, self.micro_batch)]
+        micro = tuple(to_micro_batch(rows.take(cut), lengths[cut]) for cut in cuts)
         return StepBatch(first_sample, micro, share, int(lengths.sum()), sum(len(batch.masked_index) for batch in micro), checksum)
 
 

@@ -15,12 +15,15 @@ import torch
 from torch import nn
 
 from berth.errors import DataError
-from berth.records.reader import RecordsIndex, Rows, SampleStream
+from berth.records.dynamic import restored
+from berth.records.reader import RecordsIndex, SampleStream, Transform
+from berth.records.rows import Rows, masked_places
 from berth.training.batches import IGNORED, to_micro_batch
 from berth.training.distributed import Communicator
 from berth.training.precision import Precision
 
 BASELINE_ROWS = 1 << 16  # rows the baselines are taken from when the evaluation is limited
+ROWS_AT_ONCE = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,33 +48,37 @@ class Evaluation:
 
 
 class HeldOut:
-    """A held-out shard in memory and its baselines.
+    """Held-out records and their baselines. They are streamed: memory is that of some ten thousand rows, whatever the shard.
 
     Args:
         index: the test records.
         vocab_size: of the model; ids are checked against it.
-        limit: score this many sequences from the front (0 = all, which are then all in memory).
+        limit: score this many sequences from the front (0 = all).
+        transform: draws the masks of records that have none.
 
     Raises :class:`DataError` when it has no masked token.
     """
 
-    def __init__(self, index: RecordsIndex, vocab_size: int, limit: int = 0) -> None:
-        count = min(index.rows, limit) if limit else index.rows
+    def __init__(self, index: RecordsIndex, vocab_size: int, limit: int = 0, transform: Transform | None = None) -> None:
+        self.count = min(index.rows, limit) if limit else index.rows
         seen = index.rows if not limit else min(index.rows, max(limit, BASELINE_ROWS))
-        whole = SampleStream(index, seed=0, vocab_size=vocab_size, shuffle=False).rows(0, seen)
-        self.baselines = baselines(whole)
-        self.rows = whole.take(slice(0, count))
-        # longest last: batches of similar length waste little padding
-        self.rows = self.rows.take(np.argsort(self.rows.input_mask.sum(axis=1, dtype=np.int64), kind="stable"))
+        self.stream = SampleStream(index, seed=0, vocab_size=vocab_size, shuffle=False, transform=transform)
+        counts = _Counts(vocab_size)
+        for at in range(0, seen, ROWS_AT_ONCE):
+            counts.add(self.stream.rows(at, min(ROWS_AT_ONCE, seen - at)))
+        self.baselines = counts.baselines()
 
     def evaluate(self, model: nn.Module, precision: Precision, communicator: Communicator, batch_size: int) -> Evaluation:
-        """Run the whole shard through ``model`` (the bare module), split over ranks; every rank gets the same result."""
+        """Run all of it through ``model`` (the bare module), split over ranks; every rank gets the same result."""
         model.eval()
         totals = torch.zeros(6, dtype=torch.float64, device=communicator.device)
-        share = self.rows.take(slice(communicator.rank, None, communicator.world_size))
         with torch.no_grad():
-            for at in range(0, len(share), batch_size):
-                totals += _score(model, share.take(slice(at, at + batch_size)), precision, communicator.device)
+            for start in range(0, self.count, ROWS_AT_ONCE):
+                rows = self.stream.rows(start, min(ROWS_AT_ONCE, self.count - start))
+                # longest last: batches of similar length waste little padding
+                order = np.argsort(rows.lengths(), kind="stable")[communicator.rank :: communicator.world_size]
+                for at in range(0, len(order), batch_size):
+                    totals += _score(model, rows.take(order[at : at + batch_size]), precision, communicator.device)
         mlm, correct, masked, nsp, nsp_correct, sequences = communicator.sum(totals.tolist())
         return Evaluation(
             mlm / max(masked, 1), correct / max(masked, 1), nsp / sequences, nsp_correct / sequences, int(sequences), int(masked)
@@ -113,17 +120,34 @@ def baselines(rows: Rows) -> Baselines:
     Unigram entropy: ``-sum p ln p`` in nats over the ordinary tokens of the shard: masks undone, [CLS] and [SEP] (first and last
     token of a row), which are never masked, left out. Raises :class:`DataError` when no token is masked.
     """
-    valid = np.cumprod(rows.masked_lm_positions != 0, axis=1).astype(bool)
-    labels = rows.masked_lm_ids[valid]
-    if not labels.size:
-        raise DataError("the held-out records hold no masked token; nothing can be evaluated")
-    row, column = np.nonzero(valid)
-    original = rows.input_ids.copy()
-    original[row, rows.masked_lm_positions[row, column]] = labels
-    lengths = rows.input_mask.sum(axis=1, dtype=np.int64)
-    frame = np.union1d(original[:, 0], original[np.arange(len(rows)), lengths - 1])
-    tokens = original[rows.input_mask.astype(bool)]
-    counts = np.bincount(tokens[~np.isin(tokens, frame)])
-    share = counts[counts > 0] / counts.sum()
-    positive = float(rows.next_sentence_labels.mean())
-    return Baselines(float(-(share * np.log(share)).sum()), float((labels == counts.argmax()).mean()), max(positive, 1 - positive))
+    counts = _Counts(int(max(rows.input_ids.max(initial=0), rows.masked_lm_ids.max(initial=0))) + 1)
+    counts.add(rows)
+    return counts.baselines()
+
+
+class _Counts:
+    """What the baselines are made from, added up part by part."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.tokens, self.labels = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
+        self.frame = np.zeros(vocab_size, bool)  # [CLS] and [SEP]
+        self.pairs = self.positive = 0
+
+    def add(self, rows: Rows) -> None:
+        valid = masked_places(rows)
+        original = restored(rows)
+        self.frame[original[:, 0]] = True
+        self.frame[original[np.arange(len(rows)), rows.lengths() - 1]] = True
+        self.tokens += np.bincount(original[rows.input_mask.astype(bool)], minlength=len(self.tokens))
+        self.labels += np.bincount(rows.masked_lm_ids[valid], minlength=len(self.labels))
+        self.pairs += int(np.count_nonzero(rows.next_sentence_labels != IGNORED))
+        self.positive += int(np.count_nonzero(rows.next_sentence_labels == 1))
+
+    def baselines(self) -> Baselines:
+        if not self.labels.sum():
+            raise DataError("the held-out records hold no masked token; nothing can be evaluated")
+        counts = np.where(self.frame, 0, self.tokens)
+        share = counts[counts > 0] / counts.sum()
+        positive = self.positive / max(self.pairs, 1)
+        guessed = float(self.labels[counts.argmax()] / self.labels.sum())
+        return Baselines(float(-(share * np.log(share)).sum()), guessed, max(positive, 1 - positive))

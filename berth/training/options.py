@@ -35,7 +35,7 @@ OBSOLETE_HARMLESS = {
 OBSOLETE_REFUSED = {
     "--cuda_graphs": "CUDA graphs are not implemented; run without it",
     "--deepspeed_zero_stage": "optimizer sharding is not implemented; run without it",
-    "--masking": "records carry their masks; make them with create_pretraining_data.py",
+    "--masking": "records carry their masks, or --dynamic_masking draws them while training",
 }
 _WITH_VALUE = {"--schedule", "--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
 
@@ -51,6 +51,9 @@ class Options:
     eval_dir: str | None
     max_seq_length: int | None
     max_predictions_per_seq: int | None
+    dynamic_masking: bool
+    masked_lm_prob: float | None
+    whole_word_mask: bool
     objective: str
     train_batch_size: int
     gradient_accumulation_steps: int
@@ -144,20 +147,42 @@ def _add_data(group: Any) -> None:
     add(
         "--input_dir",
         required=True,
-        help="folder of training records (*.hdf5, those with 'training' in their name if any has it), or one file",
+        help="folder of training records (*.hdf5 of any layout, those with 'training' in their name if any has it; or LDDL's *.parquet), or "
+        "one file",
     )
     add("--config_file", required=True, help="BERT configuration, JSON with Hugging Face's keys; vocab_size is padded to a multiple of 8")
     add(
         "--output_dir", required=True, help="folder for checkpoints, manifest.json and logs; must not hold another run unless it is resumed"
     )
-    add("--vocab_file", help="vocabulary the records were made with; checked against the records and the configuration")
+    add(
+        "--vocab_file",
+        help="vocabulary the records were made with; checked against the records and the configuration; needed for --dynamic_masking and "
+        "Parquet",
+    )
     add(
         "--eval_dir",
         help="folder of held-out records ('test' in their names), evaluated at the start, every --eval_freq steps and at the end",
     )
-    add("--max_seq_length", type=int, help="sequence length the records must have; what they have if not given")
-    add("--max_predictions_per_seq", type=int, help="predictions a sequence the records must have; what they have if not given")
-    add("--objective", choices=("mlm+nsp", "mlm"), default="mlm+nsp", help="masked tokens and next sentence, or masked tokens alone")
+    add("--max_seq_length", type=int, help="sequence length the records must have (Parquet: at most); what they have if not given")
+    add(
+        "--max_predictions_per_seq",
+        type=int,
+        help="predictions a sequence the records must have, with --dynamic_masking the most it draws; what they have if not given",
+    )
+    add(
+        "--dynamic_masking",
+        action="store_true",
+        help="draw masks while reading, other ones in every epoch, the same on every resume and number of processes; needs --vocab_file. "
+        "Implied by Parquet files without masks",
+    )
+    add("--masked_lm_prob", type=float, help="dynamic masking: share of the tokens of a row; what the records say if not given, else 0.15")
+    add("--whole_word_mask", action="store_true", help="dynamic masking: mask whole words instead of word pieces")
+    add(
+        "--objective",
+        choices=("mlm+nsp", "mlm"),
+        default="mlm+nsp",
+        help="masked tokens and next sentence, or masked tokens alone (always with records that are no sentence pairs)",
+    )
 
 
 def _add_batch(group: Any) -> None:
@@ -238,7 +263,7 @@ def _add_output(group: Any) -> None:
         "--eval_samples",
         type=int,
         default=0,
-        help="held-out sequences to evaluate, from the front of the first file; 0 = all, which are then held in memory",
+        help="held-out sequences to evaluate, from the front of the first file; 0 = all",
     )
     add("--eval_batch_size", type=int, help="sequences a forward pass in evaluation; the micro batch if not given")
     add(
@@ -336,6 +361,12 @@ def _problems(options: Options) -> list[str]:
     rule(0 < options.lr_decay_rate <= 1, f"--lr_decay_rate is {options.lr_decay_rate}, it is a factor above 0 and at most 1")
     rule(0 < options.timeout_min <= 10080, f"--timeout_min is {options.timeout_min}, it must be above 0 and at most 10080 (a week)")
     rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")
+    prob = options.masked_lm_prob
+    rule(prob is None or 0 < prob < 1, f"--masked_lm_prob is {prob}, it is a share above 0 and below 1")
+    rule(
+        not options.dynamic_masking or options.vocab_file is not None,
+        "--dynamic_masking needs --vocab_file: it must know the special tokens",
+    )
     size, cuts = options.train_batch_size, options.gradient_accumulation_steps
     if size >= 1 and cuts >= 1 and size % cuts:
         near = f"{size - size % cuts} or {size - size % cuts + cuts}" if size > cuts else str(cuts)

@@ -111,10 +111,10 @@ class Reporter:
         mlm, nsp = sums[0] / window.steps, sums[1] / window.steps
         self.last_loss = mlm + nsp
         rate = sums[2] / window.seconds if window.seconds else 0.0
+        losses = {"mlm_loss": mlm} if self.options.objective == "mlm" else {"mlm_loss": mlm, "nsp_loss": nsp}
         data = {
             "average_loss": mlm + nsp,
-            "mlm_loss": mlm,
-            "nsp_loss": nsp,
+            **losses,
             "steps_averaged": window.steps,
             **facts,
             "training_sequences_per_second": rate,
@@ -123,14 +123,15 @@ class Reporter:
         }
         self.log.log((epoch, step), data)
         if self.board is not None:
-            for name in ("average_loss", "mlm_loss", "nsp_loss", "learning_rate", "grad_norm", "training_sequences_per_second"):
+            for name in ("average_loss", *losses, "learning_rate", "grad_norm", "training_sequences_per_second"):
                 self.board.add_scalar(f"train/{name}", data[name], step)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{mlm + nsp:.3f}", lr=f"{facts['learning_rate']:.2e}", seq_s=f"{rate:.0f}")
         elif self._print_due(phase_step):
+            parts = ", ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in losses.items())
             self.say(
-                "step %d (%d of %d)  loss %.4f (mlm %.4f, nsp %.4f)  lr %.3e  grad norm %.2f  %.1f seq/s",
-                step, phase_step, self.options.max_steps, mlm + nsp, mlm, nsp, facts["learning_rate"], facts["grad_norm"], rate,
+                "step %d (%d of %d)  loss %.4f (%s)  lr %.3e  grad norm %.2f  %.1f seq/s",
+                step, phase_step, self.options.max_steps, mlm + nsp, parts, facts["learning_rate"], facts["grad_norm"], rate,
             )  # fmt: skip
 
     def _print_due(self, phase_step: int) -> bool:

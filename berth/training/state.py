@@ -76,7 +76,7 @@ def identity(options: Options, model_config: dict[str, Any], world_size: int, da
 
 
 _ACROSS_PHASES = ("optimizer", "vocab_sha256")
-_NAMES = {"data": "training records", "model_config": "model configuration", "vocab_sha256": "vocabulary"}
+_NAMES = {"data": "rules of dynamic masks or the training records", "model_config": "model configuration", "vocab_sha256": "vocabulary"}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], *, same_phase: bool, force: bool, file: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from berth.errors import DataError
 from berth.records.reader import SampleStream, open_index
@@ -78,3 +79,28 @@ def test_errors_of_the_reader_reach_the_caller(tmp_path, prefetch):
     batches = step_batches(SampleStream(index, 1, vocab_size=10), BatchPlan(4, 4, 1, 0, 1), 0, prefetch)
     with pytest.raises(DataError, match="vocabulary has 10"):
         next(batches)
+
+
+def test_tensors_are_small_until_they_are_on_the_device(stream):
+    batch = to_micro_batch(stream.rows(0, 12))
+    names = ("input_ids", "token_type_ids", "labels", "next_sentence_label")
+    assert [getattr(batch, name).dtype for name in names] == [torch.int32, torch.int8, torch.int32, torch.int8]
+    moved = batch.to(torch.device("cpu"))
+    assert all(getattr(moved, name).dtype is torch.int64 for name in (*names, "masked_index"))
+    assert moved.attention_mask.dtype is torch.bool and torch.equal(moved.labels, batch.labels.long())
+
+
+def test_positions_in_any_order(stream):
+    rows = stream.rows(0, 2)
+    rows.masked_lm_positions[:, :3], rows.masked_lm_positions[:, 3:] = [9, 4, 6], 0
+    rows.masked_lm_ids[:, :3] = [11, 12, 13]
+    batch = to_micro_batch(rows)
+    width = batch.input_ids.shape[1]
+    assert batch.masked_index.tolist() == [4, 6, 9, width + 4, width + 6, width + 9]
+    assert batch.labels.flatten()[batch.masked_index].tolist() == [12, 13, 11] * 2
+
+
+def test_rows_of_one_bin_are_trimmed_to_it(stream):
+    rows = stream.rows(0, 6).fitted(64, 5)
+    short = rows.take(np.flatnonzero(rows.lengths() <= rows.lengths().min()))
+    assert to_micro_batch(short).input_ids.shape[1] < 40

@@ -89,3 +89,14 @@ def test_help_explains_every_option():
         assert action.option_strings[0] in text
     assert len(shown) > 45 and "130 after Ctrl-C" in re.sub(r"\s+", " ", text)
     assert not any(flag in text for flag in OBSOLETE_HARMLESS if flag != "--allreduce_post_accumulation")
+
+
+def test_dynamic_masking_needs_the_vocabulary(required, tmp_path):
+    with pytest.raises(ConfigError, match="--dynamic_masking needs --vocab_file"):
+        parse_options([*required, "--dynamic_masking"])
+    with pytest.raises(ConfigError, match="--masked_lm_prob is 1.0"):
+        parse_options([*required, "--masked_lm_prob", "1"])
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.touch()
+    options = parse_options([*required, "--dynamic_masking", "--vocab_file", str(vocabulary), "--masked_lm_prob", "0.3"])
+    assert options.dynamic_masking and options.masked_lm_prob == 0.3 and not options.whole_word_mask

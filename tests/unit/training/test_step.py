@@ -73,7 +73,8 @@ def test_the_gradient_is_that_of_the_plain_mean(stream):
     step(batch, 1, batch.masked, 24)
     reference.dense_sequence_output = False
     total_mlm, total_nsp = 0.0, 0.0
-    for micro in batch.micro_batches:
+    for compact in batch.micro_batches:
+        micro = compact.to(torch.device("cpu"))
         out = reference(input_ids=micro.input_ids, attention_mask=micro.attention_mask, token_type_ids=micro.token_type_ids)
         total_mlm = total_mlm + F.cross_entropy(
             out.prediction_logits.flatten(0, 1), micro.labels.flatten(), ignore_index=-100, reduction="sum"
