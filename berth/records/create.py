@@ -39,6 +39,7 @@ from berth.workers import map_processes
 
 EVERYTHING = "all"  # the name of a records file made of a folder, whatever the folder is called
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_BIN_ENDING = re.compile(r"_bin_\d+$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +166,20 @@ def _existing(path: Path, options: RecordOptions, overwrite: bool) -> dict[str, 
     return found
 
 
-def _of_other_layouts(job: Job) -> list[Path]:
+def _beside(folder: Path) -> dict[str, list[Path]]:
+    """The files of ``folder`` by name, bins also by the name without ``_bin_<length>``: one listing serves any number of jobs."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        for name in {path.name, _BIN_ENDING.sub("", path.stem) + path.suffix}:
+            found.setdefault(name, []).append(path)
+    return found
+
+
+def _of_other_layouts(job: Job, beside: Mapping[str, list[Path]]) -> list[Path]:
     """Records of this job's text beside its outputs: what an earlier run with another ``--layout`` or ``--bin_size`` left."""
-    folder, stem = job.output.parent, re.escape(job.output.stem)
-    form = re.compile(rf"{stem}(_bin_\d+)?{re.escape(job.output.suffix)}")
-    found = [path for path in folder.iterdir() if form.fullmatch(path.name) and path not in job.outputs()] if folder.is_dir() else []
-    return [path for path in sorted(found) if made_by_berth(path) and read_attributes(path).get("input_name") == _input_name(job)]
+    outputs = job.outputs()
+    found = [path for path in beside.get(job.output.name, []) if path not in outputs]
+    return [path for path in found if made_by_berth(path) and read_attributes(path).get("input_name") == _input_name(job)]
 
 
 def _input_name(job: Job) -> str:
@@ -281,17 +290,19 @@ def run_job(job: Job, overwrite: bool = False) -> Result:
         _write_rows(writer, maker, text, instances)
         counts = _write_attributes(writer, text, attributes)
     files = tuple(plan.path for plan in plans)
-    for path in {*job.outputs(), *(_of_other_layouts(job) if overwrite else ())} - set(files):  # bins of an earlier run without rows now
+    others = _of_other_layouts(job, _beside(job.output.parent)) if overwrite else []
+    for path in {*job.outputs(), *others} - set(files):  # bins of an earlier run without rows now
         path.unlink(missing_ok=True)
     return Result(job.output, files, functools.reduce(RecordCounts.__add__, counts), size, False, time.perf_counter() - start)
 
 
 def check_jobs(jobs: Sequence[Job], overwrite: bool = False) -> None:
     """Raise what can be known before work begins: outputs that may not be replaced, texts that cannot be opened."""
+    beside = {folder: _beside(folder) for folder in {job.output.parent for job in jobs}}
     for job in jobs:
         for path in job.outputs():
             _existing(path, job.options, overwrite)
-        for path in () if overwrite else _of_other_layouts(job):
+        for path in () if overwrite else _of_other_layouts(job, beside[job.output.parent]):
             raise ConfigError(
                 f"{path} holds the same text in another layout or bin size, and training would read both; use another output, or "
                 "--overwrite to replace what is there"
@@ -323,14 +334,15 @@ def write_manifest(folder: Path, vocab_file: Path, options: RecordOptions, resul
     parts: dict[str, dict[str, Any]] = {}
     for result in sorted(results, key=lambda result: result.output.name):
         for file in result.files:
-            known = before.get(file.name)
-            if result.skipped and isinstance(known, dict) and known.get("bytes") == file.stat().st_size:
+            known, attributes, size = before.get(file.name), read_attributes(file), file.stat().st_size
+            digest = sha256_json({name: attributes[name] for name in ("input_sha256", "vocab_sha256", *option_attributes(options))})
+            # tasks of an array make files without a manifest: the one that is there may be of an older text
+            if result.skipped and isinstance(known, dict) and (known.get("digest"), known.get("bytes")) == (digest, size):
                 parts[file.name] = known
                 continue
-            attributes = read_attributes(file)
             parts[file.name] = {
-                "digest": sha256_json({name: attributes[name] for name in ("input_sha256", "vocab_sha256", *option_attributes(options))}),
-                "bytes": file.stat().st_size,
+                "digest": digest,
+                "bytes": size,
                 "sha256": sha256_file(file),
                 "counts": dataclasses.asdict(_counts_of(attributes)),
                 "seconds": None if result.skipped else round(result.seconds / len(result.files), 3),

@@ -24,7 +24,7 @@ _30, _27, _31, _11 = (np.uint64(bits) for bits in (30, 27, 31, 11))
 
 # Purposes: each names one independent stream under a key. Values are part of the file format: never renumber.
 SHORT, SHORT_LENGTH, SPLIT, IS_RANDOM, RANDOM_DOCUMENT, RANDOM_START, TRIM_A, TRIM_B = range(1, 9)
-MASK_ORDER, MASK_KIND, MASK_WORD, SHUFFLE = range(9, 13)
+MASK_ORDER, MASK_CHOICE, SHUFFLE = 9, 10, 12
 
 
 def mix(values: Keys) -> Keys:
@@ -41,6 +41,21 @@ def fold(keys: Keys, values: ArrayLike) -> Keys:
     """New keys from ``keys`` and non-negative integers; both broadcast. Different values give unrelated keys."""
     steps = np.atleast_1d(np.asarray(values)).astype(np.uint64)  # arrays wrap silently, numpy scalars warn
     return mix(keys + (steps + np.uint64(1)) * _GOLDEN)
+
+
+def fold_short(keys: Keys, values: NDArray[np.integer]) -> NDArray[np.uint32]:
+    """32-bit draws of ``keys`` (uint64 [N]) for each of ``values`` (integers [M]): uint32 [N, M], at half the cost of :func:`fold`.
+
+    Mixed by the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
+    """
+    steps = values.astype(np.uint32) * np.uint32(0x9E3779B1)
+    mixed: NDArray[np.uint32] = keys.astype(np.uint32)[:, None] + steps
+    mixed ^= mixed >> np.uint32(16)
+    mixed *= np.uint32(0x85EBCA6B)
+    mixed ^= mixed >> np.uint32(13)
+    mixed *= np.uint32(0xC2B2AE35)
+    mixed ^= mixed >> np.uint32(16)
+    return mixed
 
 
 def shard_key(seed: int, shard: str) -> Keys:

@@ -95,7 +95,9 @@ def _described(path: Path, attributes: dict[str, str], layout: str, rows: int, l
             raise DataError(
                 f"{path}: attribute {name} is {attributes[name]!r}, known are {', '.join(values)}; the file is of a newer berth"
             )
-    content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes)) or str(path.stat().st_size)
+    content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes))
+    if "input_sha256" not in attributes:  # of another program: its attributes, if any, do not name the content
+        content += str(path.stat().st_size)
     lower = {"True": True, "1": True, "False": False, "0": False}.get(attributes.get("do_lower_case", ""))
     binned = layout == "binned"
     try:

@@ -23,7 +23,8 @@ from berth.records.pairs import Instances
 from berth.records.rows import Rows
 from berth.text.vocabulary import Vocabulary
 
-_LAST = np.uint64(0xFFFFFFFFFFFFFFFF)
+_LAST = np.uint32(0xFFFFFFFF)
+_MASKED, _KEPT = np.uint64(round(0.8 * 2**32)), np.uint64(round(0.9 * 2**32))  # 80 % [MASK], then 10 % as it was, then 10 % random
 NARROW_FILL, NARROW_STEP = 0.8, 64  # blocks with a smaller mean fill are made in arrays of multiples of so many positions
 
 
@@ -35,7 +36,7 @@ class RowMaker:
         self.vocabulary, self.options, self.separators = vocabulary, options, separators
         self.ordinary = np.flatnonzero(~vocabulary.is_special_or_unused).astype(np.int32)
         self.positions = np.arange(options.max_seq_length, dtype=np.int32)
-        self.position_bits = np.uint64(max(1, (options.max_seq_length - 1).bit_length()))
+        self.position_mask = np.uint32((1 << max(1, (options.max_seq_length - 1).bit_length())) - 1)
 
     def make(self, tokens: NDArray[np.unsignedinteger], block: Instances) -> Rows:
         """Rows of ``block``; ``tokens`` is the flat array its places refer to.
@@ -149,23 +150,25 @@ class RowMaker:
         candidate = valid & ~between & (position > 0) & (position != length[:, None] - 1)
         return ids, candidate, np.zeros(ids.shape, np.int8), valid.view(np.int8)
 
-    def _ordered_keys(self, keys: draws.Keys, which: NDArray[np.int32]) -> draws.Keys:
-        """uint64: the draw of position ``which`` of each row, its low bits replaced by the position itself (unique)."""
-        drawn = draws.fold(draws.fold(keys, draws.MASK_ORDER)[:, None], which)
-        return ((drawn >> self.position_bits) << self.position_bits) | which.astype(np.uint64)
+    def _ordered_keys(self, keys: draws.Keys, width: int) -> NDArray[np.uint32]:
+        """uint32 [N, width]: the draw of every position of each row, its low bits replaced by the position itself (unique)."""
+        drawn = draws.fold_short(draws.fold(keys, draws.MASK_ORDER), self.positions[:width])
+        drawn &= ~self.position_mask
+        drawn |= self.positions[:width].astype(np.uint32)
+        return drawn
 
     def _choose_pieces(
         self, candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The ``wanted`` candidates of each row with the smallest draws: positions [rows, most wanted] ascending, 0 where unused."""
         most = int(wanted.max(initial=0))
-        order = np.where(candidate, self._ordered_keys(keys, self.positions[: candidate.shape[1]]), _LAST)
+        order = np.where(candidate, self._ordered_keys(keys, candidate.shape[1]), _LAST)
         if 0 < most < order.shape[1]:
             order = np.partition(order, most - 1, axis=1)
         order = order[:, :most]
         order.sort(axis=1)
         chosen = np.arange(most) < wanted[:, None]
-        return _ascending((order & ((np.uint64(1) << self.position_bits) - np.uint64(1))).astype(np.int64), chosen, candidate.shape[1])
+        return _ascending((order & self.position_mask).astype(np.int64), chosen, candidate.shape[1])
 
     def _choose_words(
         self, ids: NDArray[np.int32], candidate: NDArray[np.bool_], wanted: NDArray[np.int64], keys: draws.Keys
@@ -178,7 +181,7 @@ class RowMaker:
         edge = starts | ~candidate
         word_start = np.maximum.accumulate(np.where(edge, position, 0), axis=1)
         # Words by their draw: only the first piece of a word takes part, the others follow it.
-        order = np.where(starts, self._ordered_keys(keys, position), _LAST)
+        order = np.where(starts, self._ordered_keys(keys, width), _LAST)
         by_draw = np.argsort(order, axis=1)
         lengths = np.take_along_axis(np.where(starts, self._next_edge(edge) - position, 0), by_draw, axis=1)
         accepted = np.zeros_like(candidate)
@@ -214,10 +217,10 @@ class RowMaker:
         keys: draws.Keys,
     ) -> None:
         """Write what the model sees at the chosen positions into ``ids``."""
-        kind = draws.uniform(keys[:, None], draws.MASK_KIND, positions)
-        word = draws.uniform(keys[:, None], draws.MASK_WORD, positions)
-        random = self.ordinary[(word * len(self.ordinary)).astype(np.int64)]
-        seen = np.where(kind < 0.8, np.int32(self.vocabulary.mask_id), np.where(kind < 0.9, labels, random))
+        drawn = draws.fold(draws.fold(keys, draws.MASK_CHOICE)[:, None], positions)
+        kind = drawn >> np.uint64(32)  # the upper half decides what happens, the lower half which piece
+        random = self.ordinary[((drawn & np.uint64(0xFFFFFFFF)) * np.uint64(len(self.ordinary)) >> np.uint64(32)).astype(np.int64)]
+        seen = np.where(kind < _MASKED, np.int32(self.vocabulary.mask_id), np.where(kind < _KEPT, labels, random))
         row, column = np.nonzero(chosen)
         ids[row, positions[row, column]] = seen[row, column]
 

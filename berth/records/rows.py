@@ -64,7 +64,8 @@ class Rows:
 
     def lengths(self) -> NDArray[np.int64]:
         """Real tokens of each row, int64 [N]."""
-        return self.input_mask.sum(axis=1, dtype=np.int16).astype(np.int64)
+        narrow = self.input_mask.shape[1] < 1 << 15  # half the time of int32
+        return self.input_mask.sum(axis=1, dtype=np.int16 if narrow else np.int32).astype(np.int64)
 
     def fitted(self, length: int, predictions: int) -> Rows:
         """The same rows, padded on the right to ``length`` tokens and ``predictions`` positions."""

@@ -31,7 +31,7 @@ from berth.text.lines import read_pieces
 from berth.text.tokenizer import drop_controls, load_tokenizer
 from berth.text.vocabulary import Vocabulary
 
-MOST_WORDS, MOST_CHARACTERS = 300_000, 16 << 20  # distinct words known at a time, and their characters together
+MOST_WORDS, MOST_CHARACTERS = 200_000, 8 << 20  # distinct words known at a time, and their characters together
 _ENCODE_BATCH = 4000
 _LINE_END = "\0"  # stands for a line end among the words; BERT deletes this character, so no word has it
 _SPLITTING_CONTROLS = "\x0b\x0c\x1c\x1d\x1e\x1f\x85"

@@ -449,7 +449,9 @@ def _compare_records(reports: Iterable[FileReport]) -> None:
         ]
         if different:
             report.add(f"made with other options than {other.path.name} in the same folder: {', '.join(different)}")
-        shards.setdefault(report.path.with_name(_BIN.sub("", report.path.stem)), []).append(report)
+        stem = report.path.stem
+        name = _BIN.sub("", stem) if report.attributes.get("layout") == "binned" else stem
+        shards.setdefault(report.path.with_name(name), []).append(report)
     for shard, files in shards.items():
         wanted = files[0].attributes.get("files")
         if wanted is not None and str(wanted) != str(len(files)):

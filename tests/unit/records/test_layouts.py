@@ -313,3 +313,12 @@ def test_rows_pad_to_the_widest():
     joined = Rows.concatenate([narrow, wide])
     assert joined.input_ids.shape == (5, 16) and joined.masked_lm_ids.shape == (5, 4)
     assert joined.input_ids[:2].sum() == 16
+
+
+def test_rows_of_the_longest_length_are_counted():
+    from berth.records.options import MAX_SEQ_LENGTH
+    from berth.records.rows import Rows
+
+    rows = Rows.zeros(2, MAX_SEQ_LENGTH, 1)
+    rows.input_mask[0] = 1
+    assert rows.lengths().tolist() == [MAX_SEQ_LENGTH, 0]

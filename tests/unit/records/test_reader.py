@@ -96,6 +96,16 @@ def test_the_fingerprint_tells_other_content(tmp_path):
     assert len(prints) == 2
 
 
+def test_attributes_of_other_programs_do_not_name_the_content(tmp_path):
+    prints = set()
+    for level in (0, 9):
+        write_records(tmp_path / "a_training_0.hdf5", 500, level, made_by="another program")
+        with h5py.File(tmp_path / "a_training_0.hdf5", "r+") as handle:
+            handle["more"] = np.zeros(1000 * level + 1)
+        prints.add(open_index(tmp_path, "training").fingerprint)
+    assert len(prints) == 2
+
+
 def test_any_integer_type_is_read(folder):
     path = folder / "b_training_2.hdf5"
     with h5py.File(path) as handle:

@@ -285,3 +285,32 @@ def test_the_script(work, tmp_path):
     assert "more (--max_errors)" in lines[1] and lines[-1].startswith("error: ") and "problem(s) in 2 of 4 file(s)" in lines[-1]
     done = run_script("data/verify.py", "--input", "none", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr == "error: none: no such file or folder\n"
+
+
+def test_shards_that_are_called_like_bins(made, tmp_path):
+    (tmp_path / "shards").mkdir()
+    shutil.copy(made / "vocab.txt", tmp_path)
+    for number in (1, 2):
+        shutil.copy(made / "shards" / "text_training_0.txt", tmp_path / "shards" / f"text_bin_{number}.txt")
+    make_records(tmp_path, "records")
+    assert problem_lines(verified(tmp_path / "records"), 20) == []
+
+
+def test_the_manifest_forgets_what_an_array_has_made_again(made, tmp_path):
+    """Tasks of an array write no manifest; the next process that sees all files must not repeat what was true before."""
+    shutil.copytree(made / "shards", tmp_path / "shards")
+    shutil.copy(made / "vocab.txt", tmp_path)
+    make_records(tmp_path, "records")
+    manifest = tmp_path / "records" / "records.json"
+    old = read_json(manifest)
+    text = tmp_path / "shards" / "text_training_0.txt"
+    words = text.read_text().split(" ")
+    words[1], words[2] = words[2], words[1]
+    text.write_text(" ".join(words))
+    (tmp_path / "shards" / "text_shards.json").unlink()
+    again = [run_job(job) for job in plan_folder(tmp_path / "shards", tmp_path / "records", tmp_path / "vocab.txt", OPTIONS)]
+    name = next(result.output.name for result in again if not result.skipped)
+    old["parts"][name]["bytes"] = (tmp_path / "records" / name).stat().st_size  # as long as before, by chance
+    write_json(manifest, old)
+    make_records(tmp_path, "records")
+    assert read_json(manifest)["parts"][name]["sha256"] == sha256_file(tmp_path / "records" / name) != old["parts"][name]["sha256"]
