@@ -133,7 +133,8 @@ def superseded(folder: Path, jobs: list[Job], arguments: argparse.Namespace) -> 
     removable = list(filter(made_by_berth, others)) if arguments.overwrite else []
     if arguments.remove_stale:
         removable += [path for path in others if path not in removable and made_of_older_shards(path, jobs)]
-    others = [path for path in others if path not in removable]
+    # another rank or array task may have removed one since: it is in nobody's way
+    others = [path for path in others if path not in removable and path.exists()]
     if others:
         raise DataError(
             f"{folder} holds records that are not from --input_file: {', '.join(path.name for path in others[:5])}"
@@ -207,9 +208,19 @@ def work(arguments: argparse.Namespace, options: RecordOptions, share: Share) ->
             path.unlink(missing_ok=True)
             print(f"removed {path}: not a shard of --input_file")
         if arguments.output_dir is not None:
-            write_manifest(Path(arguments.output_dir), Path(arguments.vocab_file), options, results)
-    elif share.comm is None and not results:
-        print(f"{prefix}no file for this task: there are {len(jobs)}")
+            write_manifest(
+                Path(arguments.output_dir), Path(arguments.vocab_file), options, results, others=Path(arguments.input_file).is_file()
+            )
+    elif share.comm is None:
+        if not results:
+            print(f"{prefix}no file for this task: there are {len(jobs)}")
+        if share.first:  # nobody sees when the last task is done
+            print(
+                f"{prefix}when all tasks are done, run this once more with --distributed none and without --overwrite: it writes records.json"
+            )
+            if old:
+                names = f"{', '.join(path.name for path in old[:5])}{' ...' if len(old) > 5 else ''}"
+                print(f"{prefix}warning: {names}: not of --input_file and not removed by one of several tasks; training would read them")
     if results and (share.sees_all or share.comm is None):
         summarize(results, options, time.perf_counter() - start)
 

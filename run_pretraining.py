@@ -466,8 +466,9 @@ def load_vocabulary(options: Options, config: modeling.BertConfig) -> Vocabulary
 def open_training_data(options: Options, config: modeling.BertConfig, vocabulary: Vocabulary | None) -> tuple[RecordsIndex, str]:
     """Index the records and check them against the flags, the vocabulary and the model; (index, vocabulary sha256 or '')."""
     index = open_index(options.input_dir, "training", options.max_seq_length, vocabulary=vocabulary)
-    drawn = options.dynamic_masking or not index.masked
-    if options.max_predictions_per_seq not in (None, index.max_predictions) and not drawn:
+    # where masks are drawn it is this option that decides; Parquet does not say how many a row may have
+    free = options.dynamic_masking or not index.masked or index.files[0].layout == "parquet"
+    if options.max_predictions_per_seq not in (None, index.max_predictions) and not free:
         raise DataError(
             f"the records in {options.input_dir} have {index.max_predictions} predictions a sequence but --max_predictions_per_seq is "
             f"{options.max_predictions_per_seq}; pass {index.max_predictions} or make the records again"

@@ -323,8 +323,11 @@ def run_jobs(jobs: Sequence[Job], processes: int, overwrite: bool = False) -> It
     yield from map_processes(functools.partial(run_job, overwrite=overwrite), jobs, max(1, min(processes, len(jobs))))
 
 
-def write_manifest(folder: Path, vocab_file: Path, options: RecordOptions, results: Sequence[Result]) -> Path:
-    """Write ``records.json``: options, sums, and bytes and SHA-256 of every file (see :mod:`berth.corpus.parts`)."""
+def write_manifest(folder: Path, vocab_file: Path, options: RecordOptions, results: Sequence[Result], others: bool = False) -> Path:
+    """Write ``records.json``: options, sums, and bytes and SHA-256 of every file (see :mod:`berth.corpus.parts`).
+
+    ``others``: the run was over one shard of several; what the manifest says of other files that are there is kept.
+    """
     path = folder / "records.json"
     try:
         before = read_json(path)["parts"]
@@ -347,7 +350,10 @@ def write_manifest(folder: Path, vocab_file: Path, options: RecordOptions, resul
                 "counts": dataclasses.asdict(_counts_of(attributes)),
                 "seconds": None if result.skipped else round(result.seconds / len(result.files), 3),
             }
-    counts = functools.reduce(RecordCounts.__add__, (result.counts for result in results))
+    if others:
+        kept = {name: part for name, part in before.items() if (folder / Path(name).name).is_file() and isinstance(part, dict)}
+        parts = dict(sorted({**kept, **parts}.items()))
+    counts = functools.reduce(RecordCounts.__add__, (RecordCounts(**part["counts"]) for part in parts.values()))
     write_json(
         path,
         {

@@ -148,9 +148,15 @@ class FileReader:
     def read(self, field: str, start: int, stop: int, into: NDArray) -> None:
         """Rows ``start .. stop - 1`` of data set ``field`` into ``into``, whose type decides the type.
 
-        Raises :class:`OutOfRangeError` when a value does not fit it, :class:`DataError` when a chunk is damaged.
+        Raises :class:`OutOfRangeError` when a value does not fit it, :class:`DataError` when a chunk is damaged or there are no such rows.
         """
         table = self.tables[field]
+        rows = self._file()[field].shape[0] if table is None else table.shape[0]
+        if not 0 <= start <= stop <= rows:
+            raise DataError(
+                f"{self.path}: items {start} to {stop} of {field} are wanted, which has {rows}; make the file again with "
+                "create_pretraining_data.py"
+            )
         if table is None:
             self._read_h5py(field, start, stop, into)
             return

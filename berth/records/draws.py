@@ -84,8 +84,3 @@ def heads(keys: Keys, purpose: int, tosses: NDArray[np.int64]) -> NDArray[np.int
         bits = fold(base, word) >> np.minimum(64 - left, 63).astype(np.uint64)
         total += np.where(left > 0, np.bitwise_count(bits), 0)
     return total
-
-
-def permutation(key: Keys, length: int) -> NDArray[np.int64]:
-    """A permutation of ``range(length)`` decided by ``key`` (uint64 [1])."""
-    return np.argsort(fold(fold(key, SHUFFLE), np.arange(length, dtype=np.uint64)), kind="stable")

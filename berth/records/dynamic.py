@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from berth.records import draws
 from berth.records.masking import RowMaker
-from berth.records.options import RecordOptions
+from berth.records.options import MAX_SEQ_LENGTH, RecordOptions
 from berth.records.rows import Rows, flat_places, masked_places
 from berth.text.vocabulary import Vocabulary
 
@@ -51,7 +51,14 @@ class DynamicMasker:
         # ids of real positions that are never masked; [UNK] is text
         self._fixed = np.zeros(1 << 16 if vocabulary.size <= 1 << 16 else vocabulary.size, bool)
         self._fixed[[vocabulary.pad_id, vocabulary.cls_id, vocabulary.sep_id, vocabulary.mask_id]] = True
-        self._makers: dict[int, RowMaker] = {}
+        # one for rows of any width: how draws are compared must not depend on the widest row they are read with
+        options = RecordOptions(
+            max_seq_length=MAX_SEQ_LENGTH,
+            max_predictions_per_seq=masking.max_predictions_per_seq,
+            masked_lm_prob=masking.masked_lm_prob,
+            whole_word_mask=masking.whole_word_mask,
+        )
+        self._maker = RowMaker(vocabulary, options)
 
     def __call__(self, rows: Rows, numbers: NDArray[np.int64]) -> Rows:
         """``rows`` (N of them, types int32) with the masks of samples ``numbers`` (int64 [N])."""
@@ -61,24 +68,12 @@ class DynamicMasker:
         positions = np.zeros((len(ids), predictions), np.int32)
         labels = np.zeros((len(ids), predictions), np.int32)
         keys = draws.fold(self.key, numbers)
-        maker = self._maker(width)
         for start in range(0, len(ids), ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             candidate = (rows.input_mask[part] != 0) & ~self._fixed[ids[part]]
-            positions[part], labels[part] = maker.mask(ids[part], candidate, keys[part])
+            found, original = self._maker.mask(ids[part], candidate, keys[part])
+            positions[part], labels[part] = found[:, :predictions], original[:, :predictions]
         return dataclasses.replace(rows, input_ids=ids, masked_lm_positions=positions, masked_lm_ids=labels)
-
-    def _maker(self, width: int) -> RowMaker:
-        """Rules for rows of ``width``: bins have several."""
-        if width not in self._makers:
-            options = RecordOptions(
-                max_seq_length=width,
-                max_predictions_per_seq=min(self.masking.max_predictions_per_seq, width),
-                masked_lm_prob=self.masking.masked_lm_prob,
-                whole_word_mask=self.masking.whole_word_mask,
-            )
-            self._makers[width] = RowMaker(self.vocabulary, options)
-        return self._makers[width]
 
 
 def restored(rows: Rows) -> NDArray[np.int32]:

@@ -35,7 +35,8 @@ class InstanceSpool:
     def __init__(self, output: Path, max_seq_length: int) -> None:
         self.spool = Spool(output, _STORED)
         self.lengths: NDArray[np.int64] = np.zeros(max_seq_length + 1, np.int64)
-        self.runs: list[NDArray[np.int64]] = []
+        self.starts: list[int] = []
+        self.runs: list[NDArray[np.uint32]] = []  # of each run, where its cells begin, relative to its start
 
     def append(self, block: Instances) -> None:
         """Write a block as a sorted run. Raises ``OSError`` on a full disk."""
@@ -45,26 +46,29 @@ class InstanceSpool:
         for field in dataclasses.fields(Instances):
             run[field.name] = getattr(block, field.name)[sorting]
         cells = np.bincount((order >> np.uint64(64 - _CELL_BITS)).astype(np.int64), minlength=1 << _CELL_BITS)
-        self.runs.append(np.concatenate([[0], np.cumsum(cells)]) + self.spool.items)
+        self.starts.append(self.spool.items)
+        self.runs.append(np.concatenate([[0], np.cumsum(cells)]).astype(np.uint32))
         self.spool.append(run)
         self.lengths += np.bincount(block.lengths, minlength=len(self.lengths))
 
     def finish(self) -> StoredInstances:
-        return StoredInstances(self.spool.finish(), np.array(self.runs), self.lengths)
+        return StoredInstances(self.spool.finish(), self.starts, self.runs, self.lengths)
 
 
 class StoredInstances:
     """All instances of a shard; ``lengths`` is int64 [L + 1], the number of rows of every length."""
 
-    def __init__(self, mapped: Mapped, runs: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
-        self.mapped, self.runs, self.lengths = mapped, runs, lengths
+    def __init__(self, mapped: Mapped, starts: list[int], runs: list[NDArray[np.uint32]], lengths: NDArray[np.int64]) -> None:
+        self.mapped, self.starts, self.runs, self.lengths = mapped, starts, runs, lengths
 
     def __len__(self) -> int:
         return len(self.mapped.array)
 
     def _edges(self) -> list[int]:
         """Cells at which buckets begin: a bucket ends when it has :data:`BUCKET_ROWS` rows."""
-        before = (self.runs - self.runs[:, :1]).sum(axis=0)
+        before = np.zeros((1 << _CELL_BITS) + 1, np.int64)
+        for run in self.runs:
+            before += run
         edges = [0]
         for cell in range(1, len(before)):
             if before[cell] - before[edges[-1]] >= BUCKET_ROWS or cell == len(before) - 1:
@@ -74,7 +78,8 @@ class StoredInstances:
     def buckets(self) -> Iterator[Instances]:
         """The instances in the order of their rows, about :data:`BUCKET_ROWS` at a time."""
         for first, last in itertools.pairwise(self._edges()):
-            rows = np.concatenate([self.mapped.array[start:stop] for start, stop in self.runs[:, [first, last]]])
+            spans = [(start + int(run[first]), start + int(run[last])) for start, run in zip(self.starts, self.runs, strict=True)]
+            rows = np.concatenate([self.mapped.array[start:stop] for start, stop in spans])
             self.mapped.release()
             found = Instances(*(np.ascontiguousarray(rows[field.name]) for field in dataclasses.fields(Instances)))
             yield found.take(np.argsort(found.order, kind="stable"))

@@ -165,7 +165,11 @@ class LddlReader:
         rows.input_ids[every, lengths - 1] = self.vocabulary.sep_id
         rows.input_mask[...] = real
         rows.segment_ids[...] = real & (place >= first_b)
-        rows.next_sentence_labels[...] = table["is_random_next"].to_numpy()
+        labels = table["is_random_next"]
+        if labels.null_count:
+            row = int(np.flatnonzero(labels.is_null().to_numpy())[0])
+            raise DataError(f"{file.path}, row {start + row}: is_random_next is missing")
+        rows.next_sentence_labels[...] = labels.to_numpy()
         if file.masking == "static":
             positions, labels = self._masks(file, start, table, lengths)
             rows = dataclasses.replace(rows, masked_lm_positions=positions, masked_lm_ids=labels)

@@ -18,6 +18,7 @@ import torch
 from isal import isal_zlib
 from numpy.typing import NDArray
 
+from berth.errors import DataError
 from berth.records.reader import SampleStream
 from berth.records.rows import NO_LABEL, Rows, flat_places, masked_places
 
@@ -71,11 +72,16 @@ def to_micro_batch(rows: Rows, lengths: NDArray[np.int64] | None = None) -> Micr
     """Turn rows into tensors: labels scattered to their positions, trailing padding common to all rows cut off.
 
     ``lengths`` are the rows' real tokens, if the caller has counted them. Tensors share memory with ``rows`` where they can.
+    Raises :class:`DataError` for a masked position in the padding, whose label would go to the next row.
     """
     lengths = rows.lengths() if lengths is None else lengths
     width = int(lengths.max()) if len(rows) else 1
     width = min(-(-width // PAD_MULTIPLE) * PAD_MULTIPLE, rows.input_ids.shape[1])
     valid = masked_places(rows)
+    if rows.masked_lm_positions.max(initial=0) >= width and (valid & (rows.masked_lm_positions >= width)).any():
+        raise DataError(
+            "a masked position lies behind the last token of its row; check the records with data/verify.py and make them again"
+        )
     index = flat_places(rows, valid, width)
     labels = np.full(len(rows) * width, IGNORED, dtype=np.int32)
     labels[index] = rows.masked_lm_ids[valid]

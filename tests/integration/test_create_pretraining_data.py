@@ -1,6 +1,8 @@
 """The data scripts as a user runs them: raw text to records, exit codes, one-line errors, nothing half-written."""
 
+import argparse
 import hashlib
+import json
 import os
 import resource
 import shutil
@@ -10,8 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import pytest
 
+import create_pretraining_data
+from berth.errors import DataError
 from berth.records.create import read_attributes
 from berth.records.validate import validate_records
 from berth.text.vocabulary import Vocabulary
@@ -122,6 +127,31 @@ def test_records_of_other_shards_are_refused_or_removed(work):
     assert not stale.exists() and "4 file(s) made" in said
 
 
+def test_a_record_file_that_vanishes_meanwhile_is_in_nobodys_way(tmp_path, monkeypatch):
+    """Another rank that replaces records of another layout removes them while this one looks."""
+    (tmp_path / "text_training_7.hdf5").write_bytes(b"")
+    there = [tmp_path / "text_training_7.hdf5", tmp_path / "gone.hdf5"]
+    monkeypatch.setattr(create_pretraining_data, "strangers", lambda folder, jobs: list(there))
+    arguments = argparse.Namespace(overwrite=True, remove_stale=False)
+    with pytest.raises(DataError, match="text_training_7.hdf5 *; training"):
+        create_pretraining_data.superseded(tmp_path, [], arguments)
+    there.pop(0)
+    assert create_pretraining_data.superseded(tmp_path, [], arguments) == []
+
+
+def test_one_of_several_tasks_says_what_is_left_to_do(work):
+    succeed("create_pretraining_data.py", "--vocab_file", "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "tasks", cwd=work)
+    (work / "tasks" / "text_training_0.hdf5").rename(work / "tasks" / "text_training_9.hdf5")
+    with h5py.File(work / "tasks" / "text_training_9.hdf5", "r+") as file:
+        file.attrs["input_name"] = "text_training_9.txt"
+    variables = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1"}
+    arguments = ("--vocab_file", "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "tasks", "--remove_stale")
+    done = run("create_pretraining_data.py", *arguments, cwd=work, env={**os.environ, **variables})
+    assert done.returncode == 0, done.stderr
+    assert "--distributed none" in done.stdout and "warning: text_training_9.hdf5" in done.stdout
+    assert (work / "tasks" / "text_training_9.hdf5").exists()
+
+
 def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(work, tmp_path):
     shutil.copytree(work / "shards", tmp_path / "shards")
     arguments = ("--vocab_file", work / "vocab.txt", *SMALL, "--input_file", "shards", "--output_dir", "out")
@@ -132,6 +162,14 @@ def test_overwrite_removes_nothing_before_the_input_is_known_to_be_good(work, tm
     done = run("create_pretraining_data.py", *arguments, "--overwrite", cwd=tmp_path)
     assert done.returncode == 1 and "not UTF-8" in done.stderr
     assert len(list((tmp_path / "out").glob("*.hdf5"))) == 4
+
+
+def test_the_manifest_of_shards_made_one_by_one_names_them_all(work, tmp_path):
+    for name in ("text_training_0", "text_test_0"):
+        create(work, "--input_file", f"shards/{name}.txt", "--output_dir", tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "records.json").read_text())
+    assert list(manifest["parts"]) == ["text_test_0.hdf5", "text_training_0.hdf5"]
+    assert manifest["counts"]["instances"] == sum(part["counts"]["instances"] for part in manifest["parts"].values())
 
 
 def test_records_of_earlier_shards_go_when_asked(work, tmp_path):

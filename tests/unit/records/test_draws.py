@@ -57,9 +57,3 @@ def test_names_that_are_not_utf_8_have_a_key():
     names = [b"caf\xe9.txt", b"caf\xe8.txt", "café.txt".encode()]
     keys = [draws.shard_key(1, name.decode("utf-8", "surrogateescape"))[0] for name in names]
     assert len(set(keys)) == 3
-
-
-def test_permutation():
-    order = draws.permutation(KEYS[:1], 1000)
-    assert sorted(order.tolist()) == list(range(1000))
-    assert order.tolist() != list(range(1000))

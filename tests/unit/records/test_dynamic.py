@@ -137,6 +137,17 @@ def test_rows_of_any_width():
         assert (masked.masked_lm_positions > 0).sum() == 3 * min(20, round(width * 0.5), width - 3)
 
 
+def test_masks_do_not_depend_on_the_width_of_the_batch():
+    """A row of a short bin may be read with longer ones by one process and alone by another."""
+    numbers = np.array([694033, 1086388, 1172912, 1294687, 1683145])  # their draws agree in 23 bits, where the last mask is chosen
+    rows = Rows.zeros(len(numbers), 64, 9)
+    rows.input_mask[:], rows.input_ids[:] = 1, 7
+    rows.input_ids[:, 0], rows.input_ids[:, 30], rows.input_ids[:, 63] = 2, 3, 3
+    narrow, wide = masker(0.15, 20)(rows, numbers), masker(0.15, 20)(rows.fitted(512, 20), numbers)
+    assert np.array_equal(narrow.masked_lm_positions, wide.masked_lm_positions)
+    assert np.array_equal(narrow.input_ids, wide.input_ids[:, :64])
+
+
 def test_a_row_with_nothing_to_mask():
     rows = Rows.zeros(1, SEQ_LENGTH, 5)
     rows.input_ids[0, :3], rows.input_mask[0, :3] = [2, 3, 3], 1

@@ -168,6 +168,8 @@ def test_packed_damage_is_named(tmp_path, data):
         ("row_offsets", lambda v: np.where(np.arange(len(v)) == 7, v + 40, v), r"row 6: row_offsets does not fit"),
         ("first_lengths", lambda v: np.where(np.arange(len(v)) == 9, 33, v), r"row 9: first_lengths does not fit"),
         ("masked_offsets", lambda v: np.where(np.arange(len(v)) == 4, v + 9, v), r"row 3: masked_offsets does not fit"),
+        ("row_offsets", lambda v: v + 10**6, r"items 1000000 to \d+ of input_ids are wanted, which has"),
+        ("row_offsets", lambda v: v - 4000, r"items -4000 to \d+ of input_ids are wanted, which has"),
         ("input_ids", lambda v: np.where(np.arange(len(v)) == 4, 500, v), r"row 0: input_ids holds id 500"),
     ):
         rewrite(path, {**packed, name: change(packed[name])}, attributes)

@@ -1,6 +1,7 @@
 """Reading LDDL's Parquet: ids, segments and masks as its own loader makes them; what is wrong is named."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from berth.errors import ConfigError, DataError
 from berth.records.dynamic import DynamicMasker, Masking, restored
 from berth.records.reader import SampleStream, open_index
 from berth.text.vocabulary import SPECIAL_TOKENS, Vocabulary
+from run_pretraining import open_training_data
 
 pyarrow = pytest.importorskip("pyarrow", reason="reading LDDL's files needs pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet", reason="reading LDDL's files needs pyarrow")
@@ -122,6 +124,17 @@ def test_bins(tmp_path):
     assert sum(len(kind) > 1 for kind in kinds) <= 3 and set.union(*kinds) == {0, 1, 2}
 
 
+def test_the_predictions_of_masked_files_are_not_known_beforehand(tmp_path):
+    """LDDL's --max-predictions-per-seq is written nowhere: what the recipe says for the length is no contradiction."""
+    write(tmp_path / "part.0.parquet", samples(20, 0, masking=True)[0])
+    options = SimpleNamespace(
+        input_dir=tmp_path, max_seq_length=None, max_predictions_per_seq=20, dynamic_masking=False, config_file="c", vocab_file="v"
+    )
+    config = SimpleNamespace(max_position_embeddings=64)
+    index, _ = open_training_data(options, config, VOCABULARY)  # type: ignore[arg-type]
+    assert index.masked and index.max_predictions != 20
+
+
 def test_what_is_wrong_is_named(tmp_path):
     good, _ = samples(20, 0, masking=True)
     path = tmp_path / "part.0.parquet"
@@ -138,6 +151,7 @@ def test_what_is_wrong_is_named(tmp_path):
         (replaced("A", 7, "w1 strange w2"), r"part.0.parquet, row 7: column A holds 'strange', which is not in the vocabulary"),
         (replaced("B", 4, ""), r"row 4: column B holds '', which"),
         (replaced("B", 9, " ".join(["w1"] * 60)), r"row 9: \d+ tokens, more than"),
+        (replaced("is_random_next", 5, None), r"row 5: is_random_next is missing"),
         (replaced("masked_lm_positions", 3, saved([0])), r"row 3: masked_lm_positions is not"),
         (replaced("masked_lm_positions", 2, b"no array"), r"row 2: masked_lm_positions is no saved uint16 array"),
     ):

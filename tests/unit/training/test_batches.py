@@ -9,7 +9,7 @@ import torch
 from berth.errors import DataError
 from berth.records.reader import SampleStream, open_index
 from berth.training.batches import BatchPlan, step_batches, to_micro_batch
-from tests.support import VOCAB_SIZE, make_project
+from tests.support import SEQ_LENGTH, VOCAB_SIZE, make_project
 
 
 @pytest.fixture
@@ -104,3 +104,13 @@ def test_rows_of_one_bin_are_trimmed_to_it(stream):
     rows = stream.rows(0, 6).fitted(64, 5)
     short = rows.take(np.flatnonzero(rows.lengths() <= rows.lengths().min()))
     assert to_micro_batch(short).input_ids.shape[1] < 40
+
+
+def test_a_masked_position_in_the_padding_is_refused(stream):
+    """Its label would stand in the next row."""
+    rows = stream.rows(0, 4)
+    short = rows.take(np.argsort(rows.lengths())[:2])
+    assert short.lengths().max() <= SEQ_LENGTH - 8
+    short.masked_lm_positions[0, 0] = SEQ_LENGTH - 1
+    with pytest.raises(DataError, match="masked position lies behind"):
+        to_micro_batch(short)
