@@ -42,7 +42,7 @@ SPEECHES = (
 # Found on two cores with bf16 (2026-11-21): small batches learn most per sequence; rates of 2e-2 and wider initial weights (0.05)
 # stay at the unigram level. docs/decisions/2026-11-21-demonstration.md
 PHASE1 = Phase(
-    1, seq_length=128, predictions=20, batch=64, accumulation=1, steps=1200, learning_rate=1e-2, warmup=0.1, dupe_factor=3,
+    1, seq_length=128, predictions=20, batch=64, accumulation=1, steps=1200, learning_rate=1e-2, warmup=0.1, dupe_factor=4,
     eval_samples=1000,
 )  # fmt: skip
 PHASE2 = Phase(
