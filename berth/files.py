@@ -147,6 +147,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.load(handle)
 
 
+def printable_name(name: str) -> str:
+    """A file name as text that can be written as UTF-8: bytes that are none become ``\\xe1``."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Hex SHA-256 of a file's bytes, read in 1 MiB pieces."""
     digest = hashlib.sha256()

@@ -140,6 +140,16 @@ def _at_blank_lines(lines: Iterable[str]) -> Iterator[list[str]]:
         yield document
 
 
+def check_characters(line: str, found: dict[str, Any], where: str, text_column: str = "text") -> None:
+    """Raise :class:`DataError` when what is taken over from a JSON line cannot be written as UTF-8 again."""
+    if "\\u" not in line:
+        return
+    for name in (text_column, "id", "title"):
+        value = found.get(name)
+        if isinstance(value, str) and _SURROGATE.search(value):
+            raise DataError(f"{where}: its {name} has half a surrogate pair (\\ud800-\\udfff), which is no character; repair the file")
+
+
 def json_objects(span: Span, text_column: str = "text") -> Iterator[dict[str, Any]]:
     """The objects of a span of JSON lines, each with a string under ``text_column``; blank lines are passed over.
 
@@ -160,8 +170,7 @@ def json_objects(span: Span, text_column: str = "text") -> Iterator[dict[str, An
         if not isinstance(text, str):
             keys = ", ".join(map(repr, list(found)[:8])) or "none"
             raise DataError(f"{where} has no text under {text_column!r} (its keys: {keys}); name the right one with --text_column")
-        if "\\u" in line and _SURROGATE.search(text):
-            raise DataError(f"{where}: its text has half a surrogate pair (\\ud800-\\udfff), which is no character; repair the file")
+        check_characters(line, found, where, text_column)
         yield found
 
 

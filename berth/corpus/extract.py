@@ -24,10 +24,11 @@ from typing import IO, Any, Protocol
 from berth.corpus.documents import DOCUMENT_RULES, document_rule, single_spaces
 from berth.corpus.mediawiki import Batch, DumpReader, Site, cut_dump, file_batches, open_stdin, read_site
 from berth.corpus.parts import Span, StageResult, Task, part_name, run_stage
-from berth.corpus.sources import DatasetReader, Item, JsonReader, ParquetReader, Rows, TextReader, saved_dataset
+from berth.corpus.sources import DatasetReader, Item, JsonReader, ParquetReader, Rows, TextReader, parent_of, saved_dataset
 from berth.corpus.wikiextractor import WikiExtractorReader, wikiextractor_files
 from berth.corpus.wikitext import Wikitext, hidden_names, parser_installed
 from berth.errors import ConfigError, DataError
+from berth.files import printable_name, sha256_json
 
 FORMATS = ("auto", "mediawiki", "wikiextractor", "txt", "jsonl", "parquet", "datasets")
 STDIN = "-"
@@ -104,7 +105,8 @@ def _plain(value: Any) -> Any:
 def dump_files(root: Path) -> list[Path]:
     """The dump files at ``root``: itself, or those of a folder (not below), sorted.
 
-    Raises :class:`DataError` for none, :class:`ConfigError` for one dump in two forms (its pages would come twice).
+    Raises :class:`DataError` for none, :class:`ConfigError` for one dump in two forms (its pages would come twice): compressed and
+    not, multistream and not, in one piece and in several.
     """
     if root.is_file():
         return [root]
@@ -113,11 +115,29 @@ def dump_files(root: Path) -> list[Path]:
         raise DataError(f"{root}: no .xml, .xml.bz2 or .xml.gz file in this folder")
     seen: dict[str, Path] = {}
     for file in files:
-        stem = re.sub(r"(?i)\.(bz2|gz)$", "", file.name)
+        stem = re.sub(r"(?i)\.(bz2|gz)$|-multistream(?=\d*\.xml)", "", file.name)
         if stem in seen:
             raise ConfigError(f"--input {root}: {seen[stem].name} and {file.name} are the same dump; name one of them")
         seen[stem] = file
+    for stem, file in seen.items():
+        whole = re.sub(r"\d*\.xml-p\d+p\d+$", ".xml", stem)
+        if whole != stem and whole in seen:
+            raise ConfigError(f"--input {root}: {file.name} is a piece of {seen[whole].name}; move the one or the other elsewhere")
     return files
+
+
+def _one_site(root: Path) -> Site:
+    """The head of the dump files at ``root``. Raises :class:`ConfigError` for those of two wikis (page numbers would meet)."""
+    files = dump_files(root)
+    site = read_site(files[0])
+    for file in files[1:]:
+        other = read_site(file)
+        if other.name != site.name:
+            raise ConfigError(
+                f"--input {root}: {files[0].name} is of {site.name or 'no named wiki'}, {file.name} of {other.name or 'no named wiki'}; "
+                "give the files one by one, or a folder for each wiki"
+            )
+    return site
 
 
 def detect_format(root: Path) -> str:
@@ -138,7 +158,7 @@ def detect_format(root: Path) -> str:
         raise DataError(f"--input {root}: no such file or folder")
     if saved_dataset(root):
         return "datasets"
-    found = [kind for kind, pattern in (("txt", "*.txt"), ("jsonl", "*.jsonl"), ("parquet", "*.parquet")) if _any_file(root, pattern)]
+    found = [kind for kind in ("txt", "jsonl", "parquet") if _any_file(root, f".{kind}")]
     if wikiextractor_files(root) and not found:
         found.append("wikiextractor")
     if any(_DUMP_IN_FOLDER.fullmatch(path.name) for path in root.iterdir()):
@@ -149,8 +169,8 @@ def detect_format(root: Path) -> str:
     return found[0]
 
 
-def _any_file(root: Path, pattern: str) -> bool:
-    return any(path.is_file() and not path.name.startswith(".") for path in root.rglob(pattern))
+def _any_file(root: Path, suffix: str) -> bool:
+    return any(path.suffix.lower() == suffix and path.is_file() and not path.name.startswith(".") for path in root.rglob("*"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +251,7 @@ def find_sources(options: ExtractOptions) -> tuple[list[Source], Iterator[Batch]
         elif not root.exists():
             raise DataError(f"--input {root}: no such file or folder")
         elif kind == "mediawiki":
-            site = read_site(dump_files(root)[0])
+            site = _one_site(root)
             name, reader = site.name or name, _dump_reader(root, site, options)
         else:
             reader = _plain_reader(root, kind, options)
@@ -295,7 +315,7 @@ class ExtractWorker:
             paragraphs, removed = _without_control_characters(item.paragraphs)
             counts["control_characters_removed"] += removed
             reason = item.reason or ("" if paragraphs else "empty")
-            identifier = f"{source.name}/{item.name}"
+            identifier = f"{source.name}/{printable_name(item.name)}"
             copies = copies_of(identifier, source.weight, self.seed) if not reason else 0
             if not copies:
                 reason = f"rejected_{reason or 'weight'}"
@@ -331,12 +351,19 @@ def _without_control_characters(paragraphs: list[str]) -> tuple[list[str], int]:
     return found, removed
 
 
+def _place(source: Source, payload: Payload) -> str:
+    """What identifiers are made of beside the bytes: files and offsets. Pages and rows of a library have numbers of their own."""
+    if isinstance(payload, (Batch, Rows)) or isinstance(source.reader, MediaWikiReader):
+        return ""
+    return sha256_json([[span.file.relative_to(parent_of(source.root)).as_posix(), span.start] for span in payload])
+
+
 def _tasks(sources: Iterable[Source], piped: Iterator[Batch]) -> Iterator[Task]:
     for source in sources:
         payloads = piped if str(source.root) == STDIN else source.reader.payloads()
         for number, payload in enumerate(payloads):
             digest = payload.digest() if isinstance(payload, (Batch, Rows)) else None
-            yield Task(part_name(source.name, number, ".jsonl"), payload, digest)
+            yield Task(part_name(source.name, number, ".jsonl"), payload, digest, _place(source, payload))
 
 
 def extract(options: ExtractOptions) -> StageResult:

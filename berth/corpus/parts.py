@@ -49,12 +49,14 @@ class Span(NamedTuple):
 class Task:
     """One part to make: its file name, what the worker needs (picklable), and a digest of the input.
 
-    ``digest`` None: the payload is a tuple of :class:`Span` and the digest is taken of their bytes, in the worker.
+    ``digest`` None: the payload is a tuple of :class:`Span` and the digest is taken of their bytes, in the worker. ``place``: where
+    these bytes are from, for stages that write that down (the identifiers of documents); "" when it does not matter.
     """
 
     name: str
     payload: Any
     digest: str | None = None
+    place: str = ""
 
 
 class Worker(Protocol):
@@ -189,7 +191,7 @@ class _Maker:
         task, known = given
         start = time.perf_counter()
         content = task.digest if task.digest is not None else _spans_digest(task.payload)
-        digest = sha256_json([content, self.options_digest])
+        digest = sha256_json([content, self.options_digest, *([task.place] if task.place else [])])
         path = self.folder / task.name
         for entry, joined in known:
             if entry["digest"] == digest and (joined or self._is_there(path, entry)):

@@ -4,9 +4,10 @@ In: sentences, one file or a folder of parts (one sentence a line, blank lines b
 ``<prefix>_training_<i>.txt`` and ``<prefix>_test_<i>.txt`` in the same format.
 
 Two passes, so that memory does not grow with the text: the first notes where each document lies and how long it is (32
-bytes a document), the second copies; both by several processes. Documents stay whole. The test set is a random choice of
-documents (by ``seed``) of the asked share of the bytes; then the largest document goes to the least filled shard, and so on.
-Every shard gets at least two documents: a random next sentence must come from another document of the same shard.
+bytes a document, up to 90 while documents are dealt out), the second copies; both by several processes. Documents stay
+whole. The test set is a random choice of documents (by ``seed``) of the asked share of the bytes; then the largest
+document goes to the least filled shard, and so on. Every shard gets at least two documents: a random next sentence must
+come from another document of the same shard.
 
 The copying is a stage of :mod:`berth.corpus.parts`: finished shards are not written again after an interruption. While it runs,
 the set's manifest (:mod:`berth.corpus.shardset`) says incomplete, so a folder in which old and new shards may be mixed is
@@ -18,9 +19,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import heapq
+import itertools
 import re
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,6 +39,7 @@ from berth.workers import map_processes
 MIN_DOCUMENTS = 2  # a shard: fewer, and no random next sentence exists
 _COPY_BYTES = 1 << 20
 _INDEX_BYTES = 64 << 20  # text indexed by one process at a time
+_BLOCK = 1 << 14  # documents that are Python objects at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,52 +115,64 @@ def index_documents(files: Sequence[Path], processes: int = 1) -> DocumentIndex:
     """
     spans = [(number, span) for number, file in enumerate(files) for span in cut_file(file, "blank_line", _INDEX_BYTES)]
     found = sorted(map_processes(_index_span, list(enumerate(span for _, span in spans)), processes), key=lambda made: made[0])
-    columns = [np.concatenate([made, np.full((1, made.shape[1]), spans[number][0])]) for number, _, made in found]
-    table = np.concatenate([np.zeros((4, 0), np.int64), *columns], axis=1)
+    table = np.empty((4, sum(made.shape[1] for _, _, made in found)), np.int64)
     if not table.shape[1]:
         raise DataError(f"{files[0]}: no sentence in {len(files)} file(s): every line is blank")
+    begin = 0
+    for number, _, made in found:
+        end = begin + made.shape[1]
+        table[:3, begin:end], table[3, begin:end] = made, spans[number][0]
+        begin = end
     digest = hashlib.sha256(b"".join(part for _, part, _ in found)).hexdigest()
     return DocumentIndex(table[0], table[1], table[2], table[3], digest)
 
 
-def _choose_test(sizes: NDArray[np.int64], order: NDArray[np.int64], fraction: float, least: int, most: int) -> list[int]:
-    """Documents of the test set: in ``order``, those that fit under the share, then small ones up to ``least``."""
+def _in_blocks(values: NDArray[np.int64]) -> Iterator[int]:
+    """The values as plain numbers, of which only some exist at a time."""
+    for begin in range(0, len(values), _BLOCK):
+        yield from values[begin : begin + _BLOCK].tolist()
+
+
+def _choose_test(sizes: NDArray[np.int64], order: NDArray[np.int64], fraction: float, least: int, most: int) -> NDArray[np.bool_]:
+    """bool [documents], the test set: in ``order``, those that fit under the share, then small ones up to ``least``."""
     target = fraction * float(sizes.sum())
-    chosen: list[int] = []
-    filled = 0.0
-    for document in order.tolist():
-        if len(chosen) >= most or filled >= target:
+    chosen = np.zeros(len(sizes), bool)
+    count, filled = 0, 0.0
+    for document, size in zip(_in_blocks(order), _in_blocks(sizes[order]), strict=True):
+        if count >= most or filled >= target:
             break
-        if filled + sizes[document] / 2 <= target:
-            chosen.append(document)
-            filled += float(sizes[document])
-    if len(chosen) < least:
-        taken = set(chosen)
-        rest = [document for document in order.tolist() if document not in taken]
-        rest.sort(key=lambda document: int(sizes[document]))
-        chosen += rest[: least - len(chosen)]
+        if filled + size / 2 <= target:
+            chosen[document] = True
+            filled += size
+            count += 1
+    if count < least:
+        rest = order[~chosen[order]]
+        chosen[rest[np.argsort(sizes[rest], kind="stable")][: least - count]] = True
     return chosen
 
 
-def _balance(documents: list[int], sizes: NDArray[np.int64], shards: int) -> list[list[int]]:
-    """Documents (in a random order) to ``shards`` lists of about equal bytes and at least two documents each."""
-    by_size = sorted(documents, key=lambda document: -int(sizes[document]))
+def _balance(documents: NDArray[np.int64], sizes: NDArray[np.int64], shards: int) -> list[NDArray[np.int64]]:
+    """Documents (in a random order) to ``shards`` arrays of about equal bytes and at least two documents each."""
+    by_size = documents[np.argsort(-sizes[documents], kind="stable")]
     heap = [(0, shard) for shard in range(shards)]
-    plan: list[list[int]] = [[] for _ in range(shards)]
-    for document in by_size:
-        load, shard = heapq.heappop(heap)
-        plan[shard].append(document)
-        heapq.heappush(heap, (load + int(sizes[document]), shard))
-    for poor in plan:
-        while len(poor) < MIN_DOCUMENTS:
-            rich = max(plan, key=len)
-            poor.append(rich.pop())  # its smallest, since documents arrived by falling size
-    return [sorted(shard) for shard in plan]
+    owner = np.empty(len(by_size), np.int32)
+    for place, size in enumerate(_in_blocks(sizes[by_size])):
+        load, shard = heap[0]
+        owner[place] = shard
+        heapq.heapreplace(heap, (load + size, shard))
+    edges = np.cumsum(np.bincount(owner, minlength=shards))[:-1]
+    plan = np.split(by_size[np.argsort(owner, kind="stable")], edges)
+    for poor in range(shards):
+        while len(plan[poor]) < MIN_DOCUMENTS:
+            rich = max(range(shards), key=lambda shard: len(plan[shard]))
+            plan[poor] = np.append(plan[poor], plan[rich][-1:])  # its smallest, since documents arrived by falling size
+            plan[rich] = plan[rich][:-1]
+    return [np.sort(shard) for shard in plan]
 
 
 def plan_shards(
     sizes: NDArray[np.int64], training: int, test: int, fraction_test_set: float, seed: int
-) -> tuple[list[list[int]], list[list[int]]]:
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
     """Decide which documents go to which shard (pure; the same arguments give the same plan).
 
     Args:
@@ -167,7 +182,7 @@ def plan_shards(
         seed: which documents are chosen for the test set.
 
     Returns:
-        Document numbers of each training shard and of each test shard, ascending.
+        int64 arrays, the document numbers of each training shard and of each test shard, ascending.
 
     Raises:
         ConfigError: numbers out of range. DataError: fewer than two documents a shard.
@@ -191,12 +206,11 @@ def plan_shards(
             f"{MIN_DOCUMENTS}, together {MIN_DOCUMENTS * (training + test)}; ask for fewer shards"
         )
     order = np.random.default_rng(seed).permutation(count)
-    chosen: list[int] = []
+    chosen = np.zeros(count, bool)
     if test:
         chosen = _choose_test(sizes, order, fraction_test_set, MIN_DOCUMENTS * test, count - MIN_DOCUMENTS * training)
-    taken = set(chosen)
-    rest = [document for document in order.tolist() if document not in taken]
-    return _balance(rest, sizes, training), _balance(chosen, sizes, test) if test else []
+    in_test = chosen[order]
+    return _balance(order[~in_test], sizes, training), _balance(order[in_test], sizes, test) if test else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +221,16 @@ class _Copier:
 
     def __call__(self, payload: NDArray[np.int64], output: IO[str]) -> Mapping[str, int]:
         target: IO[bytes] = output.buffer  # type: ignore[attr-defined]
-        for place, (number, start, size) in enumerate(payload.T.tolist()):
-            if place:
-                target.write(b"\n")
-            with open(self.files[number], "rb") as source:
-                source.seek(start)
-                _copy_document(source, size, target)
+        between = b""
+        edges = [0, *(np.flatnonzero(np.diff(payload[0])) + 1).tolist(), payload.shape[1]]
+        for first, last in itertools.pairwise(edges):  # the documents of one file, which is opened once
+            with open(self.files[payload[0, first]], "rb") as source:
+                for begin in range(first, last, _BLOCK):
+                    for start, size in payload[1:, begin : min(begin + _BLOCK, last)].T.tolist():
+                        target.write(between)
+                        between = b"\n"
+                        source.seek(start)
+                        _copy_document(source, size, target)
         return {"documents": payload.shape[1]}
 
 
@@ -271,27 +289,29 @@ def make_shards(
                 f"{folder} holds shards of another prefix ({others[0]}); training would mix them in: use another "
                 "--output_dir, or move them away"
             )
-    table = np.stack([index.files, index.starts, index.sizes])
-    tasks = [
-        Task(f"{prefix}_{split}_{number}.txt", table[:, documents], sha256_json([index.digest, number, split]))
+    named = {
+        f"{prefix}_{split}_{number}.txt": (documents, sha256_json([index.digest, number, split]))
         for split, plan in zip(("training", "test"), plans, strict=True)
         for number, documents in enumerate(plan)
-    ]
+    }
+    tasks = (
+        Task(name, np.stack([index.files[documents], index.starts[documents], index.sizes[documents]]), digest)
+        for name, (documents, digest) in named.items()
+    )
     folder.mkdir(parents=True, exist_ok=True)
     remove_dead_leftovers(folder, lambda name: shard_prefix(name) == prefix)
     write_manifest(folder, prefix, None)
     options: dict[str, Any] = {
         "n_training_shards": training, "n_test_shards": test, "fraction_test_set": fraction_test_set, "seed": seed, "prefix": prefix,
     }  # fmt: skip
-    keep = {task.name for task in tasks}
-    stale = [path for path in folder.iterdir() if shard_prefix(path.name) == prefix and path.name not in keep]
-    made = run_stage("shards", folder, tasks, _Copier(tuple(files)), options, processes, total=len(tasks))
+    stale = [path for path in folder.iterdir() if shard_prefix(path.name) == prefix and path.name not in named]
+    made = run_stage("shards", folder, tasks, _Copier(tuple(files)), options, processes, total=len(named))
     for path in stale:
         path.unlink(missing_ok=True)
     fsync_directory(folder)
-    sizes = {task.name: {"bytes": (folder / task.name).stat().st_size, "documents": task.payload.shape[1]} for task in tasks}
+    sizes = {name: {"bytes": (folder / name).stat().st_size, "documents": len(documents)} for name, (documents, _) in named.items()}
     write_manifest(folder, prefix, sizes)
-    written = [sizes[task.name]["bytes"] for task in tasks]
+    written = [size["bytes"] for size in sizes.values()]
     return ShardCounts(
         documents=len(index.sizes),
         sentences=int(index.sentences.sum()),

@@ -48,7 +48,8 @@ class Rows(NamedTuple):
         return hashlib.sha256(repr(self.rows).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _parent(root: Path) -> Path:
+def parent_of(root: Path) -> Path:
+    """The folder that the names of documents are relative to."""
     return root if root.is_dir() else root.parent
 
 
@@ -78,7 +79,7 @@ class TextReader:
 
     def items(self, payload: Iterable[Span]) -> Iterator[Item]:
         """The documents of byte ranges."""
-        for document in documents_of_spans(payload, self.rule, _parent(self.root)):
+        for document in documents_of_spans(payload, self.rule, parent_of(self.root)):
             yield Item(document.name, None, document.paragraphs)
 
 
@@ -96,7 +97,7 @@ class JsonReader:
     def items(self, payload: Iterable[Span]) -> Iterator[Item]:
         """The objects of byte ranges; a file without any is one empty document."""
         for span in payload:
-            name = span.file.relative_to(_parent(self.root)).as_posix()
+            name = span.file.relative_to(parent_of(self.root)).as_posix()
             label = f"{name}@{span.start}" if span.start else name
             number = -1
             for number, row in enumerate(json_objects(span, self.text_column)):
@@ -163,7 +164,7 @@ class ParquetReader:
         for span in payload:
             with self._open(span.file) as opened:
                 groups = [number for number, start in enumerate(_row_group_starts(opened.metadata)) if span.start <= start < span.stop]
-                label = span.file.relative_to(_parent(self.root)).as_posix() + (f"@{span.start}" if span.start else "")
+                label = span.file.relative_to(parent_of(self.root)).as_posix() + (f"@{span.start}" if span.start else "")
                 columns = [name for name in opened.schema_arrow.names if name in (self.text_column, "id", "title")]
                 for number, row in enumerate(self._rows(opened, span.file, groups, columns)):
                     yield Item(_name(row, f"{label}#{number}"), _title(row), paragraphs_of_text(row[self.text_column] or ""))

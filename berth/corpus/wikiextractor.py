@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from berth.corpus.documents import paragraphs_of_text
+from berth.corpus.documents import check_characters, paragraphs_of_text
 from berth.corpus.parts import PART_BYTES, Span, cut_parts, span_lines
-from berth.corpus.sources import Item
+from berth.corpus.sources import Item, parent_of
 from berth.errors import DataError
 
 _NAME = re.compile(r"wiki_\d+(?:\.(?:txt|jsonl?))?")
@@ -35,15 +35,16 @@ def wikiextractor_files(root: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.relative_to(root).as_posix())
 
 
-def _json_article(line: str, where: str) -> Item:
+def _json_article(line: str, where: str, label: str) -> Item:
     try:
         row = json.loads(line)
         text = row["text"]
         paragraphs = paragraphs_of_text(text)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DataError(f"{where} is neither a <doc ...> line nor a JSON object with a text; give WikiExtractor's output") from None
+    check_characters(line, row, where)
     title = str(row.get("title") or "")
-    return Item(str(row.get("id") or where), title or None, _without_title(paragraphs, title))
+    return Item(str(row.get("id") or label), title or None, _without_title(paragraphs, title))
 
 
 def _without_title(paragraphs: list[str], title: str) -> list[str]:
@@ -51,8 +52,11 @@ def _without_title(paragraphs: list[str], title: str) -> list[str]:
     return paragraphs[1:] if paragraphs and paragraphs[0] == " ".join(title.split()) else paragraphs
 
 
-def articles(span: Span) -> Iterator[Item]:
-    """The articles of a file. Raises :class:`DataError` with file and line for text outside blocks or a missing ``</doc>``."""
+def articles(span: Span, name: str) -> Iterator[Item]:
+    """The articles of a file; one without a number is ``<name>#<line>``.
+
+    Raises :class:`DataError` with file and line for text outside blocks or a missing ``</doc>``.
+    """
     item: tuple[str, str | None] | None = None
     lines: list[str] = []
     first = True
@@ -63,13 +67,13 @@ def articles(span: Span) -> Iterator[Item]:
             if not line or line.isspace():
                 continue
             if line.startswith("{"):
-                yield _json_article(line, where)
+                yield _json_article(line, where, f"{name}#{number}")
                 continue
             found = _DOC.match(line)
             if found is None:
                 raise DataError(f"{where} is neither a <doc ...> line nor a JSON object with a text; give WikiExtractor's output")
-            attributes = {name: html.unescape(value) for name, value in _ATTRIBUTE.findall(found[1])}
-            item = (attributes.get("id") or f"line {number}", attributes.get("title") or None)
+            attributes = {key: html.unescape(value) for key, value in _ATTRIBUTE.findall(found[1])}
+            item = (attributes.get("id") or f"{name}#{number}", attributes.get("title") or None)
             lines, first = [], True
         elif line.strip() == "</doc>":
             yield Item(item[0], item[1], lines)
@@ -99,8 +103,9 @@ class WikiExtractorReader:
         """The articles of files; a file without any is one empty document."""
         for span in payload:
             empty = True
-            for item in articles(span):
+            name = span.file.relative_to(parent_of(self.root)).as_posix()
+            for item in articles(span, name):
                 empty = False
                 yield item
             if empty:
-                yield Item(span.file.name, None, [])
+                yield Item(name, None, [])

@@ -12,7 +12,8 @@ A *rule* says what a word is: ``bert`` (BERT's cleaning and splitting: punctuati
 before the word included as "Ġ").
 
 ``sample_bytes`` reads only a part of the text: stretches of up to 256 KiB whose numbers have the smallest hashes of (seed, number).
-A sample of a terabyte therefore takes no longer than its own size. Rejected: reservoir sampling of lines (reads everything), counting
+Counting a sample of a terabyte therefore takes no longer than its own size (``data/vocab.py`` still hashes all of it for the
+manifest). Rejected: reservoir sampling of lines (reads everything), counting
 sketches (a trainer needs the words themselves).
 """
 

@@ -18,6 +18,7 @@ from berth.errors import ConfigError, DataError
 
 BLOCK_BYTES = 1 << 20
 TEXT_SUFFIX = ".txt"
+JOURNALS = ".*.journal"  # what a stage (:mod:`berth.corpus.parts`) leaves in its folder until every part is there
 _ASCII_PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
@@ -141,8 +142,9 @@ def text_files(path: Path, suffixes: tuple[str, ...] = (".txt",)) -> list[Path]:
     """The text files of ``path``: itself, or every file with one of ``suffixes`` below a folder, sorted by relative path.
 
     Links to folders are followed, each folder is read once. Names that start with a dot are left out (temporary files,
-    macOS resource forks). Raises :class:`DataError` when the path is missing, a folder below it cannot be read, such a
-    file is a link to nothing, or there is none.
+    macOS resource forks). Raises :class:`DataError` when the path is missing, a folder below it cannot be read or is the
+    unfinished output of a stage (part of the text would be taken for all of it), such a file is a link to nothing, or there
+    is none.
     """
     if path.is_file():
         return [path]
@@ -150,6 +152,12 @@ def text_files(path: Path, suffixes: tuple[str, ...] = (".txt",)) -> list[Path]:
         raise DataError(f"{path}: no such file or folder")
     relative = []
     for folder, entries in _walk(path):
+        for journal in sorted(folder.glob(JOURNALS)):
+            stage = journal.name.split(".")[1]
+            raise DataError(
+                f"{folder}: the stage {stage} has not finished here, files may be missing: run it again (or wait for it), "
+                f"or delete {journal.name} to use what is there"
+            )
         for entry in entries:
             if Path(entry.name).suffix.lower() not in suffixes or entry.is_dir():
                 continue

@@ -26,7 +26,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from berth.errors import ConfigError, DataError
-from berth.files import read_json, sha256_file, write_json
+from berth.files import printable_name, read_json, sha256_file, write_json
 from berth.text.bytelevel import FILES, SPECIALS, learn_bytelevel, write_bytelevel
 from berth.text.counting import MAX_WORDS, WordCounts, count_text
 from berth.text.lines import check_output, text_files
@@ -223,7 +223,7 @@ def _head(options: VocabularyOptions, files: Sequence[Path]) -> dict[str, Any]:
     extra = {name: _described(path) for name, path in (("evaluate", options.evaluate), ("bert_config", options.config)) if path is not None}
     return {
         "format": FORMAT, "format_version": FORMAT_VERSION, "method": options.method, "options": options.identity(),
-        "library": _library(options.method), "inputs": [{"file": file.name, **_described(file)} for file in files], "read": extra,
+        "library": _library(options.method), "inputs": [{"file": printable_name(file.name), **_described(file)} for file in files], "read": extra,
     }  # fmt: skip
 
 

@@ -1,12 +1,15 @@
 """Stage extract: finding sources, weights, counts, options."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from berth.corpus.extract import ExtractOptions, copies_of, detect_format, extract, find_sources
+from berth.corpus.documents import document_tasks
+from berth.corpus.extract import ExtractOptions, copies_of, detect_format, dump_files, extract, find_sources
 from berth.errors import ConfigError, DataError
 
 
@@ -34,6 +37,7 @@ def texts(tmp_path: Path, name: str, number: int) -> Path:
     ("names", "expected"),
     [
         (["a.txt", "b/c.txt"], "txt"),
+        (["b/A.TXT"], "txt"),
         (["a.jsonl", "extract.json"], "jsonl"),
         (["a.parquet"], "parquet"),
         (["AA/wiki_00", "AB/wiki_01"], "wikiextractor"),
@@ -91,6 +95,66 @@ def test_copies_depend_on_the_identifier_only():
     assert some != [copies_of(name, 2.25, 8) for name in names]
     assert {copies_of(name, 3, 7) for name in names} == {3}
     assert abs(sum(copies_of(name, 0.1, 7) for name in names) / 4000 - 0.1) < 0.02
+
+
+DUMP = "<mediawiki><siteinfo><dbname>{0}</dbname></siteinfo><page><title>A</title><ns>0</ns><id>1</id></page></mediawiki>"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("w-pages-articles.xml", "w-pages-articles-multistream.xml.bz2"),
+        ("w-pages-articles.xml", "w-pages-articles1.xml-p1p9"),
+        ("w-pages-articles-multistream1.xml-p1p9.bz2", "w-pages-articles.xml.bz2"),
+        ("w-pages-articles1.xml-p1p9", "w-pages-articles-multistream1.xml-p1p9"),
+    ],
+)
+def test_one_dump_in_two_forms_is_refused(tmp_path, names):
+    for name in names:
+        write(tmp_path / "in" / name, DUMP.format("w"))
+    with pytest.raises(ConfigError, match="are the same dump|is a piece of"):
+        dump_files(tmp_path / "in")
+    write(tmp_path / "in" / names[0].replace("articles", "articles7"), DUMP.format("w"))
+    (tmp_path / "in" / names[1]).unlink()
+    assert len(dump_files(tmp_path / "in")) == 2
+
+
+def test_dumps_of_two_wikis_in_one_folder_are_refused(tmp_path):
+    for wiki in ("fiwiki", "huwiki"):
+        write(tmp_path / "in" / f"{wiki}.xml", DUMP.format(wiki))
+    with pytest.raises(ConfigError, match=r"fiwiki.xml is of fiwiki, huwiki.xml of huwiki; give the files one by one"):
+        find_sources(ExtractOptions((str(tmp_path / "in"),), str(tmp_path / "out")))
+
+
+def test_identifiers_are_those_of_a_first_run(tmp_path, monkeypatch):
+    """Parts whose bytes moved, within their file or to another name, have other identifiers."""
+    monkeypatch.setattr(document_tasks, "__defaults__", (".txt", 100))
+    lines = [f"Document {number} of the file.\n\n" for number in range(20)]
+    source = write(tmp_path / "in" / "a" / "x.txt", "".join(lines))
+    rows, _ = run(tmp_path, tmp_path / "in", documents="blank_line")
+    write(source, "".join(["More " + lines[0], *lines[1:]]))
+    again, _ = run(tmp_path, tmp_path / "in", documents="blank_line")
+    shutil.rmtree(tmp_path / "out")
+    fresh, _ = run(tmp_path, tmp_path / "in", documents="blank_line")
+    assert again == fresh and {row["id"] for row in again} != {row["id"] for row in rows}
+    (tmp_path / "in" / "a").rename(tmp_path / "in" / "b")
+    moved, _ = run(tmp_path, tmp_path / "in", documents="blank_line")
+    assert moved and all(row["id"].startswith("in/b/x.txt") for row in moved)
+
+
+def test_names_that_are_not_utf_8(tmp_path):
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "in") + b"/\xe1rv.txt")).write_text("Text.", encoding="utf-8")
+    rows, _ = run(tmp_path, tmp_path / "in")
+    assert [row["id"] for row in rows] == ["in/\\xe1rv.txt"]
+
+
+@pytest.mark.parametrize("name", ["text", "title", "id"])
+@pytest.mark.parametrize("file", ["a.jsonl", "wiki_00"])
+def test_half_a_surrogate_pair_is_named(tmp_path, file, name):
+    write(tmp_path / "in" / file, json.dumps({"id": "1", "title": "A", "text": "Text.", name: "x \ud83d"}) + "\n")
+    with pytest.raises(DataError, match=rf"line 1: its {name} has half a surrogate pair"):
+        run(tmp_path, tmp_path / "in")
 
 
 def test_weights(tmp_path):

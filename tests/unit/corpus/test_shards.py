@@ -2,7 +2,9 @@
 
 import os
 import subprocess
+import tracemalloc
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from berth import files
-from berth.corpus.shards import index_documents, make_shards, plan_shards
+from berth.corpus.shards import _Copier, index_documents, make_shards, plan_shards
 from berth.corpus.shardset import select_shards
 from berth.errors import ConfigError, DataError
 
@@ -208,3 +210,34 @@ def test_plans_are_partitions_with_two_documents_a_shard(sizes, training, test, 
     shards = [shard for plan in plans for shard in plan]
     assert sorted(number for shard in shards for number in shard) == list(range(len(sizes)))
     assert min(map(len, shards)) >= 2
+
+
+def test_the_plan_of_many_documents_needs_little_memory():
+    """Dealing out holds no object a document; it was 100 bytes each."""
+    sizes = np.random.default_rng(0).integers(100, 20_000, 200_000)
+    tracemalloc.start()
+    training, test = plan_shards(sizes, 64, 4, 0.05, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * len(sizes)
+    loads = [int(sizes[shard].sum()) for shard in training]
+    assert sum(map(len, [*training, *test])) == len(sizes) and max(loads) - min(loads) <= 20_000
+
+
+def test_a_file_is_opened_once_for_all_its_documents_of_a_shard(tmp_path, monkeypatch):
+    files = [tmp_path / f"s_{number}.txt" for number in range(2)]
+    for file in files:
+        sentences_file(file, 20)
+    opened: list[Path] = []
+
+    def counting(file: Path, mode: str) -> IO[bytes]:
+        opened.append(file)
+        return open(file, mode)
+
+    monkeypatch.setattr("berth.corpus.shards.open", counting, raising=False)
+    payload = np.array([[0, 0, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]])
+    with open(tmp_path / "out", "w", encoding="utf-8") as output:
+        assert _Copier(tuple(files))(payload, output) == {"documents": 4}
+    assert opened == files
+    data = [file.read_bytes()[:2] for file in files]
+    assert (tmp_path / "out").read_bytes() == b"\n".join(bytes([byte]) + b"\n" for pair in data for byte in pair)

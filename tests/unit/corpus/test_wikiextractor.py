@@ -41,6 +41,12 @@ def test_json_lines_with_and_without_the_title_in_the_text(tmp_path):
     assert read(tmp_path) == [Item("1", "A", ["Text of A."]), Item("2", "B", ["Text of B.", "More."])]
 
 
+def test_articles_without_a_number_have_names_of_their_own(tmp_path):
+    for folder in ("AA", "AB"):
+        write(tmp_path / folder / "wiki_00", '<doc title="A">\nA\nText.\n</doc>\n{"title": "B", "text": "More."}\n')
+    assert [item.name for item in read(tmp_path)] == ["AA/wiki_00#1", "AA/wiki_00#5", "AB/wiki_00#1", "AB/wiki_00#5"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -128,3 +128,14 @@ def test_a_part_of_a_file(tmp_path, monkeypatch):
             assert "".join(read(path, edges[1])) == "kettő\n\nhárom"
     with pytest.raises(DataError, match="no such text file"):
         list(lines.read_pieces(tmp_path))
+
+
+@pytest.mark.parametrize("where", ["", "below"])
+def test_the_folder_of_an_unfinished_stage_is_refused(tmp_path, where):
+    folder = tmp_path / where
+    folder.mkdir(exist_ok=True)
+    (folder / "sentences_00000.txt").write_text("One.\n")
+    assert len(lines.text_files(tmp_path)) == 1
+    (folder / ".sentences.journal").write_text("")
+    with pytest.raises(DataError, match=r"the stage sentences has not finished here, .* delete \.sentences\.journal"):
+        lines.text_files(tmp_path)
