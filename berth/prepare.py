@@ -436,7 +436,10 @@ def run(commands: Sequence[Command], workdir: Path) -> list[Outcome]:
             print(f"== {command.title}: {command.line}", flush=True)
             began = time.monotonic()
             if command.stage == "verify" and _verified(command, workdir):
-                print("up to date: no stage has written anything since everything was read back (delete verify.json to read it again)", flush=True)
+                print(
+                    "up to date: no stage has written anything since everything was read back (delete verify.json to read it again)",
+                    flush=True,
+                )
             else:
                 _run(command)
                 if command.stage == "verify":
