@@ -8,6 +8,7 @@ Exit codes: 2 for usage (:class:`ConfigError`), 1 for the others.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -53,7 +54,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        code = 130
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)  # nothing is left to tidy, and threads of libraries may wait for processes that are gone
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)

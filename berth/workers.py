@@ -53,6 +53,7 @@ def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], pro
         return
     pool = concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_worker_start)
     waiting: set[Future[Made]] = set()
+    interrupted = False
     try:
         for task in tasks:
             waiting.add(pool.submit(function, task))
@@ -68,11 +69,13 @@ def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], pro
             "again: finished files are kept"
         ) from error
     except KeyboardInterrupt:
+        interrupted = True
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # a worker killed at the wrong moment leaves the pool's own thread waiting for ever (seen once in some hundred Ctrl-C)
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
 
 
 def _results(done: Iterable[Future[Made]], waiting: Iterable[Future[Made]]) -> Iterator[Made]:
