@@ -290,7 +290,7 @@ class LocalSlurm:
             "SlurmdPidFile": self.folder / "run" / "slurmd.%n.pid",
             "SlurmctldLogFile": self.folder / "log" / "slurmctld.log",
             "SlurmdLogFile": self.folder / "log" / "slurmd.%n.log",
-            # one for each node: two nodes of a PMIx step would both make /tmp/spmix_appdir_...
+            # one for each node: two nodes of a PMIx step would both make the same spmix_appdir folder
             "TmpFS": self.folder / "nodes" / "%n" / "tmp",
             "ProctrackType": "proctrack/linuxproc",  # no cgroups
             "TaskPlugin": "task/none",  # no pinning to cores that are not there
