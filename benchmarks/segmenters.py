@@ -15,11 +15,7 @@ segmenters take turns, so that other work on the machine hits all; the speed is 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
-import json
-import os
-import platform
 import resource
 import subprocess
 import sys
@@ -32,12 +28,14 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from machine import machine  # noqa: E402
 from nltk import __version__ as nltk_version  # noqa: E402
 from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTrainer  # noqa: E402
 
 from berth.corpus.documents import DOCUMENT_RULES, document_files, document_rule, read_documents  # noqa: E402
 from berth.corpus.segmenters import SEGMENTERS, choose_segmenter, split_paragraph, training_sample  # noqa: E402
 from berth.errors import ConfigError  # noqa: E402
+from berth.files import write_json  # noqa: E402
 
 REFERENCE = "nltk library"
 Split = Callable[[str], list[str]]
@@ -171,20 +169,6 @@ def time_stages(args: argparse.Namespace, results: dict[str, dict[str, Any]]) ->
         results[name] |= {"stage_seconds": seconds, "stage_mb_per_second": size / min(seconds)}
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "nltk": nltk_version,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def print_table(results: dict[str, dict[str, Any]]) -> None:
     print(f"{'segmenter':<14}{'MB/s':>8}{'stage MB/s':>12}{'train s':>9}{'sentences':>11}{'precision':>11}{'recall':>9}")
     for name, result in results.items():
@@ -204,11 +188,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name}: left out: {reason}")
     options = {key: value for key, value in vars(args).items() if key not in ("output", "input")} | {"input": Path(args.input).name}
     characters = sum(map(len, paragraphs))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_name(args.output.name + ".tmp")
-    report = {"machine": machine(), "options": options, "characters": characters, "paragraphs": len(paragraphs), "results": results}
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(args.output)
+    report = {
+        "machine": machine(nltk=nltk_version),
+        "options": options,
+        "characters": characters,
+        "paragraphs": len(paragraphs),
+        "results": results,
+    }
+    write_json(args.output, report)
     print(f"written: {args.output}")
 
 

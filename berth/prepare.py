@@ -29,7 +29,7 @@ from berth.corpus.download import load_sources, remotes
 from berth.corpus.extract import detect_format
 from berth.errors import BerthError, ConfigError, DataError, LaunchError
 from berth.files import FolderLock, read_json, sha256_file, sha256_json, write_json
-from berth.processes import run_command
+from berth.processes import raise_for, run_command
 from berth.records.options import RecordOptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -452,12 +452,8 @@ def run(commands: Sequence[Command], workdir: Path) -> list[Outcome]:
 
 def _run(command: Command) -> None:
     code = run_command((sys.executable, str(command.script), *command.arguments))
-    if code in (130, 143):
-        print(f"== {command.title}: interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
-        raise SystemExit(code)
     if code:
-        how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-        raise LaunchError(f"stage {command.title} {how}; its message stands above. The same command goes on from here once that is mended")
+        raise_for(command.title, code)
 
 
 def _state(command: Command, workdir: Path) -> str:

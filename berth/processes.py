@@ -10,6 +10,8 @@ import subprocess
 import sys
 from types import FrameType
 
+from berth.errors import LaunchError
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -47,3 +49,16 @@ def run_command(command: tuple[str, ...]) -> int:
 def _terminate_with_parent() -> None:
     """In the child: stop politely when the driver is killed, so that no orphan trains on in the background."""
     end_with_parent(signal.SIGTERM)
+
+
+def raise_for(stage: str, code: int) -> None:
+    """Turn a child's exit code into ours: an interruption keeps its code, a failure says how to go on.
+
+    Raises ``SystemExit`` for the first, :class:`LaunchError` for the second.
+    """
+    code = {-signal.SIGINT: 130, -signal.SIGTERM: 143}.get(code, code)
+    if code in (130, 143):
+        print(f"== {stage}: interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+    how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
+    raise LaunchError(f"stage {stage} {how}; its message stands above. The same command goes on from here once that is mended")

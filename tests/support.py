@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -107,3 +108,21 @@ def pretraining_arguments(project: Path, output: str = "out", **changes: object)
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
     return words
+
+
+def launch(project: Path, processes: int, output: str, **changes: object) -> list[subprocess.Popen[str]]:
+    """Several processes under torchrun's variables, joined through a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = pretraining_arguments(project, output, **changes)
+    running = []
+    for rank in range(processes):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        running.append(
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "run_pretraining.py"), *arguments], stderr=subprocess.PIPE, text=True,
+                env={**environment(), **{key: str(value) for key, value in variables.items()}},
+            )
+        )  # fmt: skip
+    return running

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from berth.errors import DataError, LaunchError
 from berth.files import FolderLock, atomic_open, read_json, remove_dead_leftovers, sha256_file, sha256_json, write_json
-from berth.text.lines import read_blocks
+from berth.text.lines import read_lines
 from berth.workers import map_processes
 
 FORMAT, FORMAT_VERSION = "berth stage", 1
@@ -147,11 +147,7 @@ def cut_parts(files: Sequence[Path], boundary: str, stem: str, suffix: str = ".t
 
 def span_lines(span: Span) -> Iterator[str]:
     """The lines of a span without their ends: strict UTF-8, any line end; errors name the file and the byte."""
-    for block in read_blocks(span.file, span.start, span.stop):
-        lines = block.split("\n")
-        if not lines[-1]:
-            lines.pop()
-        yield from lines
+    return read_lines(span.file, span.start, span.stop)
 
 
 def _spans_digest(spans: Iterable[Span]) -> str:

@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import shlex
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from berth.errors import ConfigError, LaunchError
 from berth.files import FolderLock, read_json, sha256_json, write_json
-from berth.processes import run_command
+from berth.processes import raise_for, run_command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +93,7 @@ class Runner:
         self.seconds[stage.name] = spent + time.monotonic() - began
         if code:
             self._write_stamp(stage, done=False, seconds=self.seconds[stage.name])
-            raise_for(stage, code)
+            raise_for(stage.name, code)
         missing = [str(path) for path in stage.outputs if not path.exists()]
         if missing:
             raise LaunchError(f"stage {stage.name} ended well but did not make {', '.join(missing)}")
@@ -136,13 +134,3 @@ def sizes(paths: tuple[Path, ...]) -> dict[str, int]:
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         found.update({str(file): file.stat().st_size for file in inside if file.is_file() and not file.name.startswith(".")})
     return found
-
-
-def raise_for(stage: Stage, code: int) -> None:
-    """Turn a child's exit code into ours: an interruption keeps its code, a failure says how to go on."""
-    code = {-signal.SIGINT: 130, -signal.SIGTERM: 143}.get(code, code)
-    if code in (130, 143):
-        print(f"== {stage.name}: interrupted; run the same command again to go on from here", file=sys.stderr, flush=True)
-        raise SystemExit(code)
-    how = f"was killed by signal {-code}" if code < 0 else f"failed with exit code {code}"
-    raise LaunchError(f"stage {stage.name} {how}; its message stands above. The same command goes on from here once that is mended")

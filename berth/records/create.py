@@ -199,16 +199,11 @@ def _finished(job: Job, wanted: Mapping[str, Attribute], overwrite: bool) -> tup
         return None
     try:
         counts = [_counts_of(attributes) for attributes in there.values()]
-        if {str(attributes["files"]) for attributes in there.values()} != {_names(there)}:
+        if {str(attributes["files"]) for attributes in there.values()} != {str(len(there))}:
             return None
     except KeyError:
         return None
     return tuple(there), functools.reduce(RecordCounts.__add__, counts)
-
-
-def _names(paths: Sequence[Path] | Mapping[Path, Any]) -> str:
-    """What the attribute ``files`` says: how many files the shard became, so that a missing one is noticed."""
-    return str(len(paths))
 
 
 def _plan_files(job: Job, lengths: Sequence[int]) -> list[FilePlan]:
@@ -255,7 +250,7 @@ def _write_attributes(writer: RecordsWriter, text: TokenText, attributes: Mappin
         counts.append(dataclasses.replace(of_text, **dataclasses.asdict(tally)))
         tallies = {f"count_{name}": value for name, value in dataclasses.asdict(counts[-1]).items()}
         lengths: dict[str, Attribute] = {"bin_low": plan.low, "bin_high": plan.high} if attributes["layout"] == "binned" else {}
-        writer.finish(number, {**attributes, **tallies, **lengths, "files": _names([each.path for each in writer.plans])})
+        writer.finish(number, {**attributes, **tallies, **lengths, "files": str(len(writer.plans))})
     return counts
 
 

@@ -105,9 +105,9 @@ def read_pieces(path: Path, start: int = 0, stop: int | None = None) -> Iterator
         yield pending
 
 
-def read_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of ``path`` without their ends; errors as :func:`read_blocks`."""
-    for block in read_blocks(path):
+def read_lines(path: Path, start: int = 0, stop: int | None = None) -> Iterator[str]:
+    """Yield the lines of ``path`` (or of a part of it) without their ends; arguments and errors as :func:`read_blocks`."""
+    for block in read_blocks(path, start, stop):
         lines = block.split("\n")
         if not lines[-1]:
             lines.pop()

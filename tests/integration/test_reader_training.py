@@ -1,16 +1,12 @@
 """run_pretraining.py on every kind of records: dynamic masks, bins, packed rows, MLM-only rows, Parquet; and what does not fit."""
 
-import socket
-import subprocess
-import sys
-
 import h5py
 import numpy as np
 import pytest
 import torch
 
 from berth.runlog import read_records, read_steps
-from tests.support import PREDICTIONS, ROOT, SEQ_LENGTH, VOCAB_SIZE, environment, make_project, pretraining_arguments, run_script
+from tests.support import PREDICTIONS, SEQ_LENGTH, VOCAB_SIZE, launch, make_project, pretraining_arguments, run_script
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
@@ -118,20 +114,8 @@ def test_files_of_the_nvidia_script_train(project, padded):
     assert curve(project, "nvidia_out") == padded
 
 
-def launch(project, processes, output, **changes):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = pretraining_arguments(project, output, **{"max_steps": 12, **changes})
-    running = []
-    for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "run_pretraining.py"), *arguments], stderr=subprocess.PIPE, text=True,
-                env={**environment(), **{key: str(value) for key, value in variables.items()}},
-            )
-        )  # fmt: skip
+def train_in_ranks(project, processes, output, **changes):
+    running = launch(project, processes, output, **{"max_steps": 12, **changes})
     errors = [process.communicate(timeout=200)[1] for process in running]
     assert [process.returncode for process in running] == [0] * processes, "\n".join(errors)
 
@@ -150,7 +134,7 @@ def test_dynamic_masks_and_bins_resume_and_scale(project):
     pretrain(project, "parts", **options, steps_this_run=8)
     pretrain(project, "parts", **options, resume_from_checkpoint=True)
     assert curve(project, "whole") == curve(project, "parts")
-    launch(project, 2, "two", **{**options, "train_batch_size": 12, "gradient_accumulation_steps": 2})
+    train_in_ranks(project, 2, "two", **{**options, "train_batch_size": 12, "gradient_accumulation_steps": 2})
     a, b = weights(project / "whole" / "ckpt_20.pt"), weights(project / "two" / "ckpt_20.pt")
     assert all(torch.allclose(a[name], b[name], atol=2e-5) for name in a)
     # another rule of masking or another batch is another run

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from berth.runlog import read_records, read_steps
-from tests.support import ROOT, environment, make_project, pretraining_arguments, run_script, write_records
+from tests.support import ROOT, environment, launch, make_project, pretraining_arguments, run_script, write_records
 
 
 @pytest.fixture
@@ -241,24 +240,6 @@ def test_init_checkpoint_takes_weights_and_reports(whole, project):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     failed = pretrain(make_project(project / "big", hidden_size=32), init_checkpoint=whole / "out" / "ckpt_34.pt", expect=1)
     assert "does not fill this model" in failed.stderr or "shape" in failed.stderr
-
-
-def launch(project, processes, output, **changes):
-    """Several processes under torchrun's variables, joined through a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = pretraining_arguments(project, output, **changes)
-    running = []
-    for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "run_pretraining.py"), *arguments], stderr=subprocess.PIPE, text=True,
-                env={**environment(), **{key: str(value) for key, value in variables.items()}},
-            )
-        )  # fmt: skip
-    return running
 
 
 def finish(running, expect=0):
