@@ -25,6 +25,7 @@ from torch import nn
 import modeling
 import optimization
 from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, run_main
+from berth.launch.inputs import records_folder
 from berth.records.dynamic import DynamicMasker, Masking
 from berth.records.reader import RecordsIndex, SampleStream, open_index
 from berth.text.vocabulary import Vocabulary
@@ -465,7 +466,7 @@ def load_vocabulary(options: Options, config: modeling.BertConfig) -> Vocabulary
 
 def open_training_data(options: Options, config: modeling.BertConfig, vocabulary: Vocabulary | None) -> tuple[RecordsIndex, str]:
     """Index the records and check them against the flags, the vocabulary and the model; (index, vocabulary sha256 or '')."""
-    index = open_index(options.input_dir, "training", options.max_seq_length, vocabulary=vocabulary)
+    index = open_index(records_of(options.input_dir, options), "training", options.max_seq_length, vocabulary=vocabulary)
     # where masks are drawn it is this option that decides; Parquet does not say how many a row may have
     free = options.dynamic_masking or not index.masked or index.files[0].layout == "parquet"
     if options.max_predictions_per_seq not in (None, index.max_predictions) and not free:
@@ -490,6 +491,11 @@ def open_training_data(options: Options, config: modeling.BertConfig, vocabulary
             raise DataError(f"the records in {options.input_dir} were made with another vocabulary than --vocab_file {options.vocab_file}")
         digest = vocabulary.sha256
     return index, digest
+
+
+def records_of(folder: str, options: Options) -> str:
+    """The folder of records that is meant: itself, or the one of a work folder of data.prepare that has the lengths asked for."""
+    return str(records_folder(folder, options.max_seq_length, None if options.dynamic_masking else options.max_predictions_per_seq))
 
 
 def fit_objective(options: Options, index: RecordsIndex) -> Options:
@@ -543,7 +549,7 @@ def open_held_out(
     """The held-out records, or ``None`` without --eval_dir. Their own masks are scored; where they have none, masks that never change."""
     if options.eval_dir is None:
         return None
-    held_out = open_index(options.eval_dir, "test", index.seq_length, "the training records' length", vocabulary=vocabulary)
+    held_out = open_index(records_of(options.eval_dir, options), "test", index.seq_length, "the training records' length", vocabulary=vocabulary)
     for file in held_out.files:
         if vocab_sha256 and file.vocab_sha256 not in ("", vocab_sha256):
             raise DataError(

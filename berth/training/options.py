@@ -148,7 +148,7 @@ def _add_data(group: Any) -> None:
         "--input_dir",
         required=True,
         help="folder of training records (*.hdf5 of any layout, those with 'training' in their name if any has it; or LDDL's *.parquet), or "
-        "one file",
+        "one file, or the work folder of data.prepare (its records of --max_seq_length)",
     )
     add("--config_file", required=True, help="BERT configuration, JSON with Hugging Face's keys; vocab_size is padded to a multiple of 8")
     add(

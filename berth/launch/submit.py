@@ -1,0 +1,279 @@
+"""Handing jobs over: to ``sbatch``, to ``sbatch`` through submitit, or to this machine; and asking what became of them.
+
+In: a :class:`~berth.launch.plan.Plan`. Out: a :class:`Submission`. What was handed over stands in ``<run>/slurm/submission.json``, from which
+:func:`status` and :func:`cancel` work later. Each job waits for the one before (``afterok``) and is cancelled when that one fails.
+
+submitit: its executor writes, submits and follows; the script is ours (:mod:`berth.launch.render`), with submitit's own reporter as its last
+line, so that ``result()`` gives what :func:`outcome` returns, or raises for a job that failed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from berth.errors import ConfigError, LaunchError
+from berth.files import atomic_open, read_json, write_json
+from berth.launch import render
+from berth.launch.plan import Job, Plan
+from berth.processes import raise_for, run_command
+from berth.runlog import read_records
+
+BACKENDS = ("sbatch", "submitit", "local")
+SUBMISSION = "submission.json"
+LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")
+COMMAND_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class SubmittedJob:
+    """One job that was handed over. ``handle``: a ``submitit.SlurmJob`` of the backend submitit, else ``None``."""
+
+    stage: str
+    name: str
+    job_id: str
+    script: str
+    handle: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Submission:
+    """A chain that was handed over. ``skipped``: stages that were complete already."""
+
+    folder: Path
+    backend: str
+    jobs: tuple[SubmittedJob, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def submit(plan: Plan, backend: str = "sbatch", *, after: str | None = None, after_kind: str = "afterok") -> Submission:
+    """Hand the jobs of a plan over, in order, each after the one before.
+
+    Args:
+        backend: ``sbatch``; ``submitit``, whose jobs come with handles; ``local``, which runs them here, one after the other, and returns
+            when all have ended.
+        after: a job the first one waits for, under ``after_kind`` (``afterok``, ``afterany``).
+
+    Raises:
+        ConfigError: for an unknown backend, or when jobs of this run are still in the queue.
+        LaunchError: when a job is refused, or one that ran here failed. Jobs submitted before it are cancelled again.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    folder = Path(plan.run.folder)
+    live = [] if backend == "local" else [job for job in _known(folder) if state_of(job["job_id"]) in LIVE]
+    if live:
+        ids = ", ".join(f"{job['stage']} {job['job_id']}" for job in live)
+        raise ConfigError(f"jobs of the run {folder} are still in the queue ({ids}); cancel them first, or wait")
+    skipped = tuple(job.stage for job in plan.jobs if complete(job))
+    jobs = [job for job in plan.jobs if job.stage not in skipped]
+    (folder / "slurm").mkdir(parents=True, exist_ok=True)
+    send = {"sbatch": _sbatch, "submitit": _submitit, "local": _local}[backend]
+    done: list[SubmittedJob] = []
+    try:
+        for job in jobs:
+            done.append(send(job, render.sbatch_options(after, after_kind)))
+            after, after_kind = done[-1].job_id, "afterok"
+    except BaseException:
+        if backend != "local":
+            _command(["scancel", *(job.job_id for job in done)]) if done else None
+        raise
+    submission = Submission(folder, backend, tuple(done), skipped)
+    _remember(submission)
+    return submission
+
+
+def complete(job: Job) -> bool:
+    """Whether the manifest in the run's folder says that this phase has ended already. Scaling runs never are."""
+    if not job.stage.startswith("phase"):
+        return False
+    try:
+        entries = read_json(Path(job.folder) / "manifest.json")["checkpoints"]
+        phase, steps = job.record["row"]["phase"], job.record["recipe"]["max_steps"]
+        return any(entry["final"] and (entry["phase"], entry["phase_step"]) == (phase, steps) for entry in entries)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write(path: Path, text: str) -> Path:
+    with atomic_open(path) as handle:
+        handle.write(text)
+    return path
+
+
+def _sbatch(job: Job, options: Sequence[str]) -> SubmittedJob:
+    script = _write(Path(job.state) / f"{job.stage}.sbatch", render.sbatch_text(job))
+    answer = _command(["sbatch", "--parsable", *options, str(script)])
+    return SubmittedJob(job.stage, job.name, answer.strip().partition(";")[0], str(script))
+
+
+def _local(job: Job, options: Sequence[str]) -> SubmittedJob:
+    script = _write(Path(job.state) / f"{job.stage}.sh", render.local_text(job))
+    code = run_command(["bash", str(script)])
+    if code:
+        raise_for(job.stage, code)
+    return SubmittedJob(job.stage, job.name, "local", str(script))
+
+
+def _submitit(job: Job, options: Sequence[str]) -> SubmittedJob:
+    executor = _executor(job, options)
+    handle = executor.submit(outcome, job.stage, job.folder)
+    return SubmittedJob(job.stage, job.name, handle.job_id, str(handle.paths.submission_file), handle)
+
+
+def _executor(job: Job, options: Sequence[str]) -> Any:
+    """submitit's Slurm executor with our script in the place of its own. Raises :class:`ConfigError` where submitit is missing."""
+    try:
+        from submitit.slurm.slurm import SlurmExecutor
+    except ImportError as error:
+        raise ConfigError("the backend submitit needs the package submitit: pip install submitit, or use --backend sbatch") from error
+
+    class Executor(SlurmExecutor):
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            log = f"{str(self.folder).replace('%', '%%')}/%j_0_log.out"
+            return render.sbatch_text(job, log=log, epilogue=["env", "SUBMITIT_EXECUTOR=slurm", *shlex.split(command)])
+
+        def _num_tasks(self) -> int:
+            return 1  # the batch shell reports, once
+
+        def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+            return ["sbatch", *options, str(submission_file_path)]
+
+    folder = Path(job.state) / "submitit"
+    folder.mkdir(parents=True, exist_ok=True)
+    return Executor(folder, max_num_timeout=0, python=shlex.quote(job.cluster.host_python or sys.executable))
+
+
+def outcome(stage: str, folder: str) -> dict[str, Any]:
+    """What ``submitit.Job.result()`` gives: stage, exit code, newest checkpoint, final loss. Called by the batch shell when a job has ended.
+
+    Raises :class:`LaunchError` for a job that failed.
+    """
+    code, how = int(os.environ.get("BERTH_EXIT_CODE", "0")), os.environ.get("BERTH_OUTCOME", "done")
+    if code:
+        raise LaunchError(f"stage {stage} of {folder} {how} with exit code {code}; its log says why")
+    newest, loss = progress(Path(folder))
+    return {"stage": stage, "folder": folder, "exit_code": code, "checkpoint": newest, "final_loss": loss}
+
+
+def progress(folder: Path) -> tuple[str | None, float | None]:
+    """Newest checkpoint and last logged loss of a run; ``None`` where there is none yet."""
+    try:
+        newest = read_json(folder / "manifest.json")["checkpoints"][-1]["file"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        newest = None
+    loss = None
+    if (folder / "dllogger.json").is_file():
+        losses = [
+            record["data"]["average_loss"] for record in read_records(folder / "dllogger.json") if "average_loss" in record.get("data", {})
+        ]
+        loss = losses[-1] if losses else None
+    return newest, loss
+
+
+# ------------------------------------------------------------------------------------------------------------- afterwards
+
+
+def _remember(submission: Submission) -> None:
+    """Add to ``submission.json``."""
+    path = submission.folder / "slurm" / SUBMISSION
+    jobs = [{"stage": job.stage, "name": job.name, "job_id": job.job_id, "script": job.script} for job in submission.jobs]
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    entry = {"time": now, "backend": submission.backend, "jobs": jobs, "skipped": list(submission.skipped)}
+    write_json(path, {"submissions": [*_submissions(submission.folder), entry]})
+
+
+def _submissions(folder: Path) -> list[dict[str, Any]]:
+    try:
+        return list(read_json(folder / "slurm" / SUBMISSION)["submissions"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{folder / 'slurm' / SUBMISSION} cannot be read ({error}); move it away to go on") from error
+
+
+def _known(folder: Path) -> list[dict[str, Any]]:
+    """The jobs of the newest submission that went to Slurm."""
+    sent = [entry for entry in _submissions(folder) if entry["backend"] != "local"]
+    return list(sent[-1]["jobs"]) if sent else []
+
+
+@dataclasses.dataclass(frozen=True)
+class JobStatus:
+    """What Slurm says of a job. ``reason``: why it waits, or the exit code of one that ended."""
+
+    stage: str
+    job_id: str
+    state: str
+    reason: str
+    elapsed: str
+    nodes: str
+
+
+def status(folder: Path) -> list[JobStatus]:
+    """The jobs of a run's newest submission, now. Raises :class:`LaunchError` when nothing was submitted from this folder."""
+    jobs = _known(folder)
+    if not jobs:
+        raise LaunchError(f"{folder} holds no submission to Slurm (slurm/{SUBMISSION}); give the folder of a run")
+    found = []
+    for job in jobs:
+        state, reason, elapsed, nodes = _ask(job["job_id"])
+        found.append(JobStatus(job["stage"], job["job_id"], state, reason, elapsed, nodes))
+    return found
+
+
+def cancel(folder: Path) -> list[str]:
+    """Cancel what is still in the queue, last of the chain first; the numbers of the jobs. A cancelled job is not requeued."""
+    live = [job["job_id"] for job in reversed(_known(folder)) if state_of(job["job_id"]) in LIVE]
+    if live:
+        _command(["scancel", *live])
+    return live
+
+
+def state_of(job_id: str) -> str:
+    """Slurm's state of a job, UNKNOWN where neither queue nor accounting know it."""
+    return _ask(job_id)[0]
+
+
+def _ask(job_id: str) -> tuple[str, str, str, str]:
+    """State, reason, elapsed time and nodes: of the queue, else of the accounting, else of the controller's memory."""
+    queue = _try(["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r|%M|%N"])
+    if queue and queue.strip():
+        state, reason, elapsed, nodes = (queue.strip().splitlines()[0].split("|") + [""] * 4)[:4]
+        return state, "" if reason == "None" else reason, elapsed, nodes
+    rows = _try(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,ExitCode,Elapsed,NodeList"])
+    if rows and rows.strip():
+        state, code, elapsed, nodes = (rows.strip().splitlines()[-1].split("|") + [""] * 4)[:4]
+        return state.split()[0], f"exit {code}", elapsed, nodes
+    return "UNKNOWN", "", "", ""
+
+
+def _try(command: Sequence[str]) -> str | None:
+    """What a command prints, ``None`` when it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _command(command: Sequence[str]) -> str:
+    """What a command of Slurm prints. Raises :class:`LaunchError` with its own words when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL)
+    except FileNotFoundError as error:
+        raise LaunchError(f"{command[0]} is not on this machine: submit from a login node, or use --backend local") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{command[0]} did not answer within {COMMAND_SECONDS} s; is Slurm's controller there? (sinfo)") from error
+    if done.returncode:
+        words = re.sub(r"\s+", " ", done.stderr.strip()) or f"exit code {done.returncode}"
+        raise LaunchError(f"{shlex.join(command)}: {words}")
+    return done.stdout
