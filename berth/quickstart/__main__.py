@@ -18,6 +18,7 @@ from typing import Any
 
 from berth.errors import ConfigError, DataError, run_main
 from berth.files import write_json
+from berth.launch.matrix import load_matrix
 from berth.quickstart.plan import (
     PREFIX,
     ROOT,
@@ -39,20 +40,30 @@ SPEECHES = (
     "Our nation is at [MASK] with all the world .",
 )
 
-# Found on two cores with bf16 (2026-11-21): small batches learn most per sequence; rates of 2e-2 and wider initial weights (0.05)
-# stay at the unigram level. docs/decisions/2026-11-21-demonstration.md
-PHASE1 = Phase(
-    1, seq_length=128, predictions=20, batch=64, accumulation=1, steps=1200, learning_rate=1e-2, warmup=0.1, dupe_factor=4,
-    eval_samples=1000,
-)  # fmt: skip
-PHASE2 = Phase(
-    2, seq_length=512, predictions=80, batch=16, accumulation=1, steps=100, learning_rate=5e-3, warmup=0.1, dupe_factor=2,
-    eval_samples=300,
-)  # fmt: skip
+# beside the recipe: micro-batches, copies of the text, held-out sequences that are scored
+BEYOND_RECIPE = {
+    1: {"accumulation": 1, "dupe_factor": 4, "eval_samples": 1000},
+    2: {"accumulation": 1, "dupe_factor": 2, "eval_samples": 300},
+}
+
+
+def recipe_phases() -> tuple[Phase, Phase]:
+    """The two phases of the recipe `demo` in slurm/recipes.yml. Found on two cores with bf16 (2026-11-21): small batches learn most per sequence;
+    rates of 2e-2 and wider initial weights (0.05) stay at the unigram level. docs/decisions/2026-11-21-demonstration.md"""
+    recipe = load_matrix().recipes["demo"]
+    first, second = (
+        Phase(
+            phase, one.max_seq_length, one.max_predictions_per_seq, batch=one.global_batch, steps=one.max_steps,
+            learning_rate=one.learning_rate, warmup=one.warmup_proportion, **BEYOND_RECIPE[phase],
+        )
+        for phase, one in sorted(recipe.phases.items())
+    )  # fmt: skip
+    return first, second
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of ``make pretrain``."""
+    first, second = recipe_phases()
     parser = argparse.ArgumentParser(
         prog="python -m berth.quickstart",
         description=__doc__.split("\n\n")[1],
@@ -69,9 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--vocab_size", type=int, default=8000, help="entries of the WordPiece vocabulary")
     add("--config", default=str(ROOT / "bert_configs" / "tiny.json"), help="shape of the model (vocab_size is filled in)")
     both: Any = {"nargs": 2, "metavar": ("PHASE1", "PHASE2")}
-    add("--steps", type=int, default=(PHASE1.steps, PHASE2.steps), help="optimizer steps", **both)
-    add("--batch", type=int, default=(PHASE1.batch, PHASE2.batch), help="sequences a step", **both)
-    add("--learning_rate", type=float, default=(PHASE1.learning_rate, PHASE2.learning_rate), help="peak learning rate", **both)
+    add("--steps", type=int, default=(first.steps, second.steps), help="optimizer steps", **both)
+    add("--batch", type=int, default=(first.batch, second.batch), help="sequences a step", **both)
+    add("--learning_rate", type=float, default=(first.learning_rate, second.learning_rate), help="peak learning rate", **both)
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the processor or GPU has it")
     add("--seed", type=int, default=42, help="of shards, records, weights and order")
     return parser
@@ -114,7 +125,7 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
             base.number, base.seq_length, base.predictions, arguments.batch[number], micro_batches(arguments.batch[number], base),
             arguments.steps[number], arguments.learning_rate[number], base.warmup, base.dupe_factor, base.eval_samples,
         )
-        for number, base in enumerate((PHASE1, PHASE2))
+        for number, base in enumerate(recipe_phases())
     )  # fmt: skip
     wrong = [f"{name} must be at least 1" for name in ("steps", "batch") if min(getattr(arguments, name)) < 1]
     wrong += config_problems(Path(arguments.config).expanduser())
@@ -134,6 +145,7 @@ def make_demo(arguments: argparse.Namespace) -> Demo:
         cased=arguments.cased,
         vocab_size=arguments.vocab_size,
         precision=arguments.precision if arguments.precision != "auto" else best_precision(),
+        device=best_device(),
         seed=arguments.seed,
         phases=phases,
     )
@@ -148,8 +160,9 @@ def config_problems(path: Path) -> list[str]:
         return [f"--config {path}: {error.strerror}"]
     except (ValueError, TypeError, KeyError) as error:
         return [f"--config {path} is not a BERT configuration with max_position_embeddings ({error})"]
-    if positions < PHASE2.seq_length:
-        return [f"--config {path} has {positions} positions (max_position_embeddings), phase 2 needs {PHASE2.seq_length}"]
+    longest = recipe_phases()[1].seq_length
+    if positions < longest:
+        return [f"--config {path} has {positions} positions (max_position_embeddings), phase 2 needs {longest}"]
     return []
 
 
@@ -179,6 +192,13 @@ def best_precision() -> str:
     except OSError:
         return "fp32"
     return "bf16" if words & {"avx512_bf16", "amx_bf16", "bf16"} else "fp32"
+
+
+def best_device() -> str:
+    """The GPU, where torch sees one."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def masked_sentences(demo: Demo, is_default: bool) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 import berth
 from berth.errors import ConfigError, DataError
 from berth.files import sha256_file, sha256_json
+from berth.launch.clusters import load_cluster
+from berth.launch.matrix import load_matrix
+from berth.launch.plan import Job, Run, make_plan
+from berth.launch.rows import Row
+from berth.launch.submit import run_local
 from berth.quickstart.stages import Stage
 from berth.records import records_folder_name
 from berth.text.lines import text_files
@@ -51,6 +57,7 @@ class Demo:
     cased: bool = False
     vocab_size: int = 8000
     precision: str = "fp32"
+    device: str = "cpu"
     seed: int = 42
     training_shards: int = 2
     fraction_test_set: float = 0.05
@@ -197,24 +204,49 @@ def records_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
 
 
 def training_stage(demo: Demo, phase: Phase, depends: tuple[str, ...]) -> Stage:
-    """One phase. It always resumes, so an interrupted run goes on; phase 2 starts from the end of phase 1."""
-    second = ["--phase2", "--init_checkpoint", demo.checkpoint(demo.phases[0])] if phase.number == 2 else []
+    """One phase, as a job of the launcher on this machine. It always resumes, so an interrupted run goes on."""
+    job = training_job(demo, phase)
+    program = job.steps[-1].program
+    words = program[program.index("run_pretraining.py") + 1 :]
     return Stage(
         f"phase {phase.number}",
-        script(
-            "run_pretraining.py", "--input_dir", demo.records(phase), "--eval_dir", demo.records(phase),
-            "--config_file", demo.model_config, "--vocab_file", demo.vocab, "--output_dir", demo.results(phase),
-            "--max_seq_length", phase.seq_length, "--max_predictions_per_seq", phase.predictions,
-            "--train_batch_size", phase.batch, "--gradient_accumulation_steps", phase.accumulation,
-            "--max_steps", phase.steps, "--learning_rate", phase.learning_rate, "--warmup_proportion", phase.warmup,
-            "--precision", demo.precision, "--seed", demo.seed, "--eval_samples", phase.eval_samples, "--eval_freq", max(1, phase.steps // 5),
-            "--num_steps_per_checkpoint", max(5, phase.steps // 10), "--resume_from_checkpoint", *second,
-        ),
+        script("run_pretraining.py", *words),
         (demo.checkpoint(phase),),
         depends,
         demo.places,
         folder=demo.results(phase),
+        start=functools.partial(run_local, job),
+    )
+
+
+def training_job(demo: Demo, phase: Phase) -> Job:
+    """The plan of one phase: recipe `demo` with this run's steps, batch and rate, on the platform `local`. Phase 2 starts from the end of phase 1."""
+    matrix = load_matrix()
+    base = matrix.recipes["demo"]
+    recipe = dataclasses.replace(
+        base.phases[phase.number], max_seq_length=phase.seq_length, max_predictions_per_seq=phase.predictions, max_steps=phase.steps,
+        global_batch=phase.batch, learning_rate=phase.learning_rate, warmup_proportion=phase.warmup,
+        num_steps_per_checkpoint=max(5, phase.steps // 10),
+        options={"eval_samples": phase.eval_samples, "eval_freq": max(1, phase.steps // 5)},
     )  # fmt: skip
+    platform = dataclasses.replace(matrix.platforms["local"], device=demo.device, precisions=(demo.precision,))
+    row = Row(
+        platform, 1, phase.number, demo.precision, phase.batch // phase.accumulation,
+        dataclasses.replace(base, phases={phase.number: recipe}), source="make pretrain",
+    )  # fmt: skip
+    folder = demo.results(phase)
+    run = Run(
+        name=folder.name,
+        results=str(folder.parent),
+        inputs={phase.number: str(demo.records(phase))},
+        config_file=str(demo.model_config),
+        vocab_file=str(demo.vocab),
+        seed=demo.seed,
+        init_checkpoint=str(demo.checkpoint(demo.phases[0])) if phase.number == 2 else None,
+        evaluate=True,
+    )
+    cluster = dataclasses.replace(load_cluster("local"), python=sys.executable)
+    return make_plan(run, cluster, {phase.number: row}, [f"phase{phase.number}"]).jobs[0]
 
 
 def export_stage(demo: Demo, depends: tuple[str, ...]) -> Stage:

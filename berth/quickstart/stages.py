@@ -11,6 +11,7 @@ import dataclasses
 import os
 import shlex
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Stage:
             not change with the work folder's place or the way it was typed.
         folder: a folder that belongs to this stage alone. What a half-done run of the same command left in it is continued; what
             another command left is moved aside. Without it the command replaces its outputs by itself.
+        start: how the command is run, if not as a process of its own; gives its exit code.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Stage:
     depends: tuple[str, ...]
     places: tuple[tuple[str, str], ...] = ()
     folder: Path | None = None
+    start: Callable[[], int] | None = None
 
     @property
     def key(self) -> str:
@@ -89,7 +92,7 @@ class Runner:
         self._write_stamp(stage, done=False, seconds=spent)
         print(f"== {stage.name}: {shlex.join(stage.command)}", flush=True)
         began = time.monotonic()
-        code = run_command(stage.command)
+        code = run_command(stage.command) if stage.start is None else stage.start()
         self.seconds[stage.name] = spent + time.monotonic() - began
         if code:
             self._write_stamp(stage, done=False, seconds=self.seconds[stage.name])
