@@ -79,6 +79,7 @@ class TrainingStep:
         self.global_norm, self.clips_itself, self.clip_norm = global_norm, clips_itself, clip_norm
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.model: nn.Module = model
+        self._settled = False
         if communicator.world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
             self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -93,12 +94,26 @@ class TrainingStep:
         ``masked`` and ``sequences`` count the masked tokens and sequences of the global batch.
         """
         self.model.train()
+        if isinstance(self.model, DistributedDataParallel) and not self._settled:
+            self._settle(batch.micro_batches[0], masked, sequences)
         losses = LossSums.zeros(self.device)
         last = len(batch.micro_batches) - 1
         for number, micro in enumerate(batch.micro_batches):
             with self._synchronised(number == last):
                 self._forward_backward(micro.to(self.device), losses, masked, sequences)
         return self._update(losses, step)
+
+    def _settle(self, micro: MicroBatch, masked: int, sequences: int) -> None:
+        """One backward pass that counts for nothing, so that a resumed run adds gradients up in the order of the run it continues.
+
+        DistributedDataParallel lays its buckets out anew after the first backward pass. A gradient's place in its bucket decides in which
+        order the ranks' shares are added, so that with more than two ranks the first step of a process would differ in the last bits.
+        """
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            self._forward_backward(micro.to(self.device), LossSums.zeros(self.device), masked, sequences)
+        self.optimizer.zero_grad(set_to_none=False)
+        self._settled = True
 
     def _synchronised(self, boundary: bool) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.model, DistributedDataParallel) and not boundary:
