@@ -18,7 +18,7 @@ from berth.launch.yamlfile import read_yaml, suggestion
 
 ROOT = Path(berth.__file__).resolve().parent.parent
 FOLDER = ROOT / "slurm" / "clusters"
-WALLTIME = re.compile(r"^(?:(\d+)-)?(\d{1,2}):(\d{2}):(\d{2})$")
+WALLTIME = re.compile(r"(?:([0-9]+)-)?([0-9]{1,2}):([0-9]{2}):([0-9]{2})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,13 +148,13 @@ def _list(check: Check) -> Check:
 
 
 def _memory(value: Any) -> str:
-    if not re.fullmatch(r"\d+[KMGT]?", str(value)):
+    if not re.fullmatch(r"[0-9]+[KMGT]?", str(value)):
         raise _Wrong("what sbatch --mem takes: 0 for all of the node, or a number with K, M, G or T")
     return str(value)
 
 
 def _walltime(value: Any) -> str:
-    if not isinstance(value, str) or not WALLTIME.match(value) or seconds(value) == 0:
+    if not isinstance(value, str) or not WALLTIME.fullmatch(value) or seconds(value) == 0:
         raise _Wrong('"[days-]hours:minutes:seconds" in quotation marks')
     return value
 
@@ -209,8 +209,8 @@ KEYS: dict[str, tuple[Check, str]] = {
     "paths": (lambda value: value, "section: data (work folder of data.prepare), results (shared), local (disk of each node)"),
     "bind": (_one_of("none", "numa", "exclusive"), "CPUs of a task: all, those of its GPU's NUMA node, an own share of them"),
     "nic": (_one_of("none", "nearest"), "network card of a task: NCCL's choice, or the one nearest to its GPU"),
-    "sbatch": (_list(_option), "further options of sbatch"),
-    "srun": (_list(_option), "further options of srun"),
+    "sbatch": (_list(_option), "further options of sbatch, each one word (--name=value)"),
+    "srun": (_list(_option), "further options of srun, each one word"),
     "max_restarts": (_count(0), "requeues of one job before it gives up"),
     "crash_limit": (_count(1), "crashes in a row without a new checkpoint before it gives up"),
     "preflight": (_bool, "check GPUs, network, disk and data before training"),
@@ -306,7 +306,7 @@ def _checked(raw: Mapping[Any, Any], keys: Mapping[str, tuple[Check, str]], pref
 
 def seconds(walltime: str) -> int:
     """Seconds of ``[days-]hours:minutes:seconds``. Raises :class:`ConfigError` for anything else."""
-    match = WALLTIME.match(walltime)
+    match = WALLTIME.fullmatch(walltime)
     if match is None:
         raise ConfigError(f"{walltime!r} is not [days-]hours:minutes:seconds")
     days, hours, minutes, rest = (int(part or 0) for part in match.groups())

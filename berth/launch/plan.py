@@ -20,7 +20,7 @@ from berth.launch.matrix import Row
 
 STAGES = ("prepare", "phase1", "phase2", "export")
 WALLTIME_MARGIN = 1.25
-BAD_IN_MOUNT = ":,\n"
+BAD_IN_MOUNT = ":,\n\r"
 
 
 class Raw(str):
@@ -65,11 +65,12 @@ class Run:
 
     def __post_init__(self) -> None:
         wrong = []
-        if not self.name or "/" in self.name or self.name in (".", "..") or "\n" in self.name or "\0" in self.name:
+        if not self.name or self.name in (".", "..") or any(mark in self.name for mark in "/\n\r\0"):
             wrong.append(f"the run's name {self.name!r} must be the name of a folder: no slash, no line break")
-        for what, path in (("results", self.results), ("config_file", self.config_file), ("vocab_file", self.vocab_file)):
-            if path is not None and not PurePosixPath(path).is_absolute():
-                wrong.append(f"{what} {path!r} must be an absolute path")
+        paths = {name: getattr(self, name) for name in ("results", "config_file", "vocab_file", "prepare", "workdir", "init_checkpoint")}
+        for what, path in (paths | {f"inputs of phase {phase}": path for phase, path in self.inputs.items()}).items():
+            if path is not None and (not PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts):
+                wrong.append(f"{what} {path!r} must be an absolute path without '..'")  # mounts are compared as text
         if wrong:
             raise ConfigError("\n  ".join(wrong))
 
@@ -107,6 +108,7 @@ class Job:
         ranks_per_node: tasks a node.
         gpus_per_node: 0 where none are needed.
         after: the stage that must have ended well before.
+        makes: folders to make before the first step, which mounts them.
         record: what was decided, for run.json.
     """
 
@@ -124,6 +126,7 @@ class Job:
     image: str | None
     after: str | None
     record: Mapping[str, Any]
+    makes: tuple[str, ...] = ()
 
     @property
     def state(self) -> str:
@@ -219,9 +222,9 @@ def training_options(run: Run, row: Row, first: bool) -> tuple[str, ...]:
         "max_steps": recipe.max_steps,
         "steps_this_run": run.steps_this_run,
         "optimizer": recipe.optimizer,
-        "learning_rate": f"{recipe.learning_rate:g}",
+        "learning_rate": recipe.learning_rate,
         "lr_schedule": recipe.lr_schedule,
-        "warmup_proportion": f"{recipe.warmup_proportion:g}",
+        "warmup_proportion": recipe.warmup_proportion,
         **recipe.options,
         "precision": row.precision,
         "device": row.platform.device,
@@ -290,6 +293,7 @@ def serial_job(stage: str, run: Run, cluster: Cluster, after: str | None, row: R
         image=image_path(cluster),
         after=after,
         record=record(run, cluster, None),
+        makes=tuple(data),
     )
 
 
@@ -317,8 +321,9 @@ def image_path(cluster: Cluster) -> str | None:
 def mounts(run: Run, cluster: Cluster, source: str | None, writable: Sequence[str] = ()) -> tuple[str, ...]:
     """``SOURCE:DESTINATION[:FLAGS]`` of everything a job touches; () without containers.
 
-    Folders that lie inside another mounted one are not named again. Raises :class:`ConfigError` for a path Pyxis cannot be told (its
-    list is cut at commas and colons).
+    Folders that lie inside another mounted one are not named again. A folder comes after those it lies in, and the site's before the
+    job's: a later mount hides what an earlier one put at or below its place. Raises :class:`ConfigError` for a path Pyxis cannot be
+    told (its list is cut at commas and colons).
     """
     if cluster.container is None:
         return ()
@@ -336,7 +341,8 @@ def mounts(run: Run, cluster: Cluster, source: str | None, writable: Sequence[st
             "\n  ".join(f"{path!r} cannot be mounted into a container: Pyxis takes no comma, colon or line break" for path in unusual)
         )
     own = [f"{path}:{path}" for path in kept] + [f"{path}:{path}:ro" for path in reading]
-    return (*own, *(mount for mount in cluster.mounts if mount not in own))
+    every = [*(mount for mount in cluster.mounts if mount not in own), *own]
+    return tuple(sorted(every, key=lambda mount: PurePosixPath(mount.split(":")[1]).parts))
 
 
 def _inside(path: str, other: str) -> bool:
@@ -370,6 +376,7 @@ def record(run: Run, cluster: Cluster, row: Row | None) -> dict[str, Any]:
             "name": row.name, "job_name": row.job_name, "platform": row.platform.name, "nodes": row.nodes, "ranks_per_node": row.ranks,
             "phase": row.phase, "precision": row.precision, "micro_batch": row.micro_batch, "accumulation": row.accumulation,
             "train_batch_size": row.train_batch_size, "global_batch": row.global_batch, "recipe": row.recipe.name, "source": row.source,
+            "options": dict(row.options),
         }  # fmt: skip
         found["recipe"] = {**dataclasses.asdict(row.phase_recipe), "options": dict(row.phase_recipe.options)}
     return found

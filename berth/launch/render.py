@@ -4,14 +4,13 @@ The block is the whole interface to ``slurm/run.sub``, the body that carries a j
 bash by :mod:`shlex`. Launched jobs carry the block; a job submitted by hand has it made on its first node; the local backend runs the
 same text with :mod:`berth.launch.spawn` in srun's place.
 
-Values that reach an ``#SBATCH`` line are escaped for Slurm's own reader of such lines (a backslash before what it would interpret; there is
-no way to write a line break, which is refused).
+Values that reach an ``#SBATCH`` line are quoted for Slurm's own reader of such lines (:func:`quoted`); there is no way to write a line break,
+which is refused.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from berth.launch.plan import Job, Raw, Step
 PASSED = (
     "MASTER_ADDR", "MASTER_PORT", "BERTH_RECORD", "BERTH_JOB", "BERTH_PREFLIGHT", "BERTH_IMAGE_SHA256", "BERTH_NODES", "PYTHONUNBUFFERED",
 )  # fmt: skip
-_PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]-]+")
+_PLAIN = "_@%+=:,./[]-"
 
 
 def word(text: str) -> str:
@@ -46,7 +45,18 @@ def directive(name: str, value: str | None = None) -> str:
         return f"#SBATCH --{name}"
     if any(mark in value for mark in "\n\r\0"):
         raise ConfigError(f"{value!r} cannot stand in an #SBATCH line (--{name}): it holds a line break")
-    return f"#SBATCH --{name}={''.join(letter if _PLAIN.fullmatch(letter) or letter.isalnum() else chr(92) + letter for letter in value)}"
+    return f"#SBATCH --{name}={quoted(value)}"
+
+
+def quoted(text: str) -> str:
+    """A text as one word of an ``#SBATCH`` line, in double quotes where it needs them.
+
+    Slurm's reader is no shell: quotes group, and a backslash takes the next letter as it is, in quotes of either kind too; but outside of
+    quotes a space ends the word even after a backslash.
+    """
+    if all(letter.isalnum() or letter in _PLAIN for letter in text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def log_path(job: Job) -> str:
@@ -84,7 +94,7 @@ def directives(job: Job, log: str | None = None) -> list[str]:
         ("requeue", None),
         ("signal", f"B:USR1@{cluster.warning_s}"),
     ]
-    return [*(directive(name, value) for name, value in pairs), *(f"#SBATCH {option}" for option in cluster.sbatch)]
+    return [*(directive(name, value) for name, value in pairs), *(f"#SBATCH {quoted(option)}" for option in cluster.sbatch)]
 
 
 def srun(step: Step, job: Job) -> tuple[str, ...]:
@@ -152,6 +162,7 @@ def job_block(job: Job, *, backend: str = "slurm", epilogue: Sequence[str] = ())
     }
     lines = [f"{name}={word(value)}" for name, value in plain.items()]
     lines += [f"export {name}={word(value)}" for name, value in environment(cluster).items()]
+    lines.append(f"BERTH_MAKES=({line(job.makes)})")
     lines.append(f"BERTH_EPILOGUE=({line(epilogue)})")
     lines.append("berth_setup() {")
     lines += [f"  {each}" for each in (cluster.setup if not local else ())] + ["  :", "}"]
@@ -165,8 +176,8 @@ def job_block(job: Job, *, backend: str = "slurm", epilogue: Sequence[str] = ())
 
 
 def environment(cluster: Cluster) -> dict[str, str]:
-    """Variables of every task."""
-    return {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **cluster.environment}
+    """Variables of every task. SLURM_EXPORT_ENV: a job that sbatch gave only some (``--export=PHASE=2``) would hand on only those."""
+    return {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "SLURM_EXPORT_ENV": "ALL", **cluster.environment}
 
 
 def sbatch_text(job: Job, *, log: str | None = None, epilogue: Sequence[str] = ()) -> str:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import os
-import re
 import shlex
-import subprocess
+import shutil
 import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from berth.errors import ConfigError, LaunchError
 from berth.files import atomic_open, read_json, write_json
 from berth.launch import render
 from berth.launch.plan import Job, Plan
-from berth.processes import raise_for, run_command
+from berth.launch.slurm_commands import LIVE, NO_SLURM, ask, attempt, command, one_line, state_of
+from berth.processes import raise_for
 from berth.runlog import read_records
 
 BACKENDS = ("sbatch", "submitit", "local")
 SUBMISSION = "submission.json"
-LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")
-COMMAND_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def submit(plan: Plan, backend: str = "sbatch", *, after: str | None = None, aft
     if backend not in BACKENDS:
         raise ConfigError(f"backend {backend!r} is not one of {', '.join(BACKENDS)}")
     folder = Path(plan.run.folder)
-    live = [] if backend == "local" else [job for job in _known(folder) if state_of(job["job_id"]) in LIVE]
+    live = [job for job in _known(folder) if state_of(job["job_id"]) in LIVE]
     if live:
         ids = ", ".join(f"{job['stage']} {job['job_id']}" for job in live)
         raise ConfigError(f"jobs of the run {folder} are still in the queue ({ids}); cancel them first, or wait")
@@ -82,12 +81,12 @@ def submit(plan: Plan, backend: str = "sbatch", *, after: str | None = None, aft
         for job in jobs:
             done.append(send(job, render.sbatch_options(after, after_kind)))
             after, after_kind = done[-1].job_id, "afterok"
+        submission = Submission(folder, backend, tuple(done), skipped)
+        _remember(submission)
     except BaseException:
-        if backend != "local":
-            _command(["scancel", *(job.job_id for job in done)]) if done else None
+        if done and backend != "local":
+            attempt(["scancel", *(job.job_id for job in reversed(done))])
         raise
-    submission = Submission(folder, backend, tuple(done), skipped)
-    _remember(submission)
     return submission
 
 
@@ -111,21 +110,38 @@ def _write(path: Path, text: str) -> Path:
 
 def _sbatch(job: Job, options: Sequence[str]) -> SubmittedJob:
     script = _write(Path(job.state) / f"{job.stage}.sbatch", render.sbatch_text(job))
-    answer = _command(["sbatch", "--parsable", *options, str(script)])
+    answer = command(["sbatch", "--parsable", *options, str(script)])
     return SubmittedJob(job.stage, job.name, answer.strip().partition(";")[0], str(script))
 
 
 def _local(job: Job, options: Sequence[str]) -> SubmittedJob:
-    script = _write(Path(job.state) / f"{job.stage}.sh", render.local_text(job))
-    code = run_command(["bash", str(script)])
+    code = run_local(job)
     if code:
         raise_for(job.stage, code)
-    return SubmittedJob(job.stage, job.name, "local", str(script))
+    return SubmittedJob(job.stage, job.name, "local", str(_local_script(job)))
+
+
+def run_local(job: Job) -> int:
+    """Run a job on this machine, now, with this terminal; its exit code (128 + signal after Ctrl-C or SIGTERM)."""
+    script = _local_script(job)
+    script.parent.mkdir(parents=True, exist_ok=True)
+    return run_command(("bash", str(_write(script, render.local_text(job)))))
+
+
+def _local_script(job: Job) -> Path:
+    return Path(job.state) / f"{job.stage}.sh"
 
 
 def _submitit(job: Job, options: Sequence[str]) -> SubmittedJob:
+    if shutil.which("sbatch") is None or shutil.which("srun") is None:  # submitit asks for srun when it is made
+        raise LaunchError(NO_SLURM.format("sbatch or srun"))
     executor = _executor(job, options)
-    handle = executor.submit(outcome, job.stage, job.folder)
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        handle = executor.submit(outcome, job.stage, job.folder)
+    except (FailedJobError, FailedSubmissionError) as error:  # sbatch failed, in its own words; or its answer has no number
+        raise LaunchError(f"sbatch through submitit: {one_line(str(error))}") from error
     return SubmittedJob(job.stage, job.name, handle.job_id, str(handle.paths.submission_file), handle)
 
 
@@ -202,7 +218,7 @@ def _submissions(folder: Path) -> list[dict[str, Any]]:
 
 def _known(folder: Path) -> list[dict[str, Any]]:
     """The jobs of the newest submission that went to Slurm."""
-    sent = [entry for entry in _submissions(folder) if entry["backend"] != "local"]
+    sent = [entry for entry in _submissions(folder) if entry["backend"] != "local" and entry["jobs"]]
     return list(sent[-1]["jobs"]) if sent else []
 
 
@@ -225,7 +241,7 @@ def status(folder: Path) -> list[JobStatus]:
         raise LaunchError(f"{folder} holds no submission to Slurm (slurm/{SUBMISSION}); give the folder of a run")
     found = []
     for job in jobs:
-        state, reason, elapsed, nodes = _ask(job["job_id"])
+        state, reason, elapsed, nodes = ask(job["job_id"])
         found.append(JobStatus(job["stage"], job["job_id"], state, reason, elapsed, nodes))
     return found
 
@@ -234,46 +250,14 @@ def cancel(folder: Path) -> list[str]:
     """Cancel what is still in the queue, last of the chain first; the numbers of the jobs. A cancelled job is not requeued."""
     live = [job["job_id"] for job in reversed(_known(folder)) if state_of(job["job_id"]) in LIVE]
     if live:
-        _command(["scancel", *live])
+        command(["scancel", *live])
     return live
 
 
-def state_of(job_id: str) -> str:
-    """Slurm's state of a job, UNKNOWN where neither queue nor accounting know it."""
-    return _ask(job_id)[0]
+class _Callable(types.ModuleType):
+    """Lets ``berth.launch.submit(plan)`` be the function, though the package's attribute of that name is this module."""
+
+    __call__ = staticmethod(submit)
 
 
-def _ask(job_id: str) -> tuple[str, str, str, str]:
-    """State, reason, elapsed time and nodes: of the queue, else of the accounting, else of the controller's memory."""
-    queue = _try(["squeue", "--noheader", f"--jobs={job_id}", "--states=all", "--format=%T|%r|%M|%N"])
-    if queue and queue.strip():
-        state, reason, elapsed, nodes = (queue.strip().splitlines()[0].split("|") + [""] * 4)[:4]
-        return state, "" if reason == "None" else reason, elapsed, nodes
-    rows = _try(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", "--format=State,ExitCode,Elapsed,NodeList"])
-    if rows and rows.strip():
-        state, code, elapsed, nodes = (rows.strip().splitlines()[-1].split("|") + [""] * 4)[:4]
-        return state.split()[0], f"exit {code}", elapsed, nodes
-    return "UNKNOWN", "", "", ""
-
-
-def _try(command: Sequence[str]) -> str | None:
-    """What a command prints, ``None`` when it fails or is not there."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
-
-
-def _command(command: Sequence[str]) -> str:
-    """What a command of Slurm prints. Raises :class:`LaunchError` with its own words when it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, stdin=subprocess.DEVNULL)
-    except FileNotFoundError as error:
-        raise LaunchError(f"{command[0]} is not on this machine: submit from a login node, or use --backend local") from error
-    except subprocess.TimeoutExpired as error:
-        raise LaunchError(f"{command[0]} did not answer within {COMMAND_SECONDS} s; is Slurm's controller there? (sinfo)") from error
-    if done.returncode:
-        words = re.sub(r"\s+", " ", done.stderr.strip()) or f"exit code {done.returncode}"
-        raise LaunchError(f"{shlex.join(command)}: {words}")
-    return done.stdout
+sys.modules[__name__].__class__ = _Callable

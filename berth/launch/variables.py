@@ -7,20 +7,23 @@ reads, and a batch that is not the recipe's stop the job before it starts.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from berth.errors import ConfigError
 from berth.launch.clusters import ROOT, Cluster, find_cluster, load_cluster
 from berth.launch.inputs import defaults
-from berth.launch.matrix import Matrix, Recipe, Row
+from berth.launch.matrix import Matrix
 from berth.launch.plan import Plan, Run, make_plan
-from berth.launch.yamlfile import suggestion
+from berth.launch.render import PASSED
+from berth.launch.wanted import Wanted, wanted_row
+from berth.launch.yamlfile import raise_problems, suggestion
 
+T = TypeVar("T")
 BARE = "bare"  # the profile of a site that has none and no containers
 
 # name -> (aliases, what it means)
@@ -67,18 +70,17 @@ REFUSED = {
 }
 _ALIASES = {alias: name for name, (aliases, _) in VARIABLES.items() for alias in aliases}
 _KNOWN = [*VARIABLES, *_ALIASES, *REFUSED]
-_OWN = ("BERTH_ROOT", "BERTH_PYTHON")
+_OWN = ("BERTH_ROOT", "BERTH_PYTHON", *PASSED)  # PASSED: of the job this one was submitted from
 _ELSEWHERE = ("SLURM_", "SBATCH_", "SRUN_", "NCCL_", "UCX_", "OMPI_", "PMIX_", "CUDA_", "TORCH_", "HF_", "OMP_")
 _CLOSE = 0.84  # of difflib's ratio: BATCH_SIZE, GRADIENT_STEP and PRECISON are caught, LS_COLORS and SESSION are not
 
 
-def given(environment: Mapping[str, str]) -> dict[str, str]:
+def given(environment: Mapping[str, str], wrong: list[str]) -> dict[str, str]:
     """``{canonical name: value}`` of the variables that are set; empty values and ``none`` count as not set.
 
-    Raises :class:`ConfigError` for contradictions, refused names and names that are probably misspelt, all at once.
+    Contradictions, refused names and names that are probably misspelt go to ``wrong``.
     """
     found: dict[str, tuple[str, str]] = {}
-    wrong: list[str] = []
     ignored = environment.get("IGNORE_VARIABLES", "").split()
     for name, value in sorted(environment.items()):
         if name in ignored or value == "" or value.lower() == "none":
@@ -86,7 +88,7 @@ def given(environment: Mapping[str, str]) -> dict[str, str]:
         canonical = _ALIASES.get(name, name)
         if canonical in VARIABLES:
             before = found.setdefault(canonical, (name, value))
-            if before[1] != value:
+            if not _same(before[1], value):
                 wrong.append(f"{name}={value} contradicts {before[0]}={before[1]}, which means the same; set one of them")
         elif name in REFUSED:
             wrong.append(f"{name} is not a variable of this run.sub: {REFUSED[name]}")
@@ -94,9 +96,15 @@ def given(environment: Mapping[str, str]) -> dict[str, str]:
             close = difflib.get_close_matches(name, _KNOWN, n=2, cutoff=_CLOSE)
             hint = f"did you mean {' or '.join(close)}?" if close else "see python -m slurm.launch job --help."
             wrong.append(f"{name} is set but nothing reads it; {hint} If it belongs to something else: IGNORE_VARIABLES={name}")
-    if wrong:
-        raise ConfigError("\n  ".join(wrong))
     return {name: value for name, (_, value) in found.items()}
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two texts say the same, be it as numbers (6e-3 and 0.006)."""
+    try:
+        return one == other or float(one) == float(other)
+    except ValueError:
+        return False
 
 
 def _looks_meant(name: str) -> bool:
@@ -107,29 +115,33 @@ def _looks_meant(name: str) -> bool:
 
 
 class _Reader:
-    """Typed access to the given variables; mistakes are collected."""
+    """Typed access to the given variables; mistakes are collected in ``wrong``."""
 
-    def __init__(self, values: Mapping[str, str], folder: str) -> None:
-        self.values, self.folder, self.wrong = values, Path(folder), list[str]()
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.wrong: list[str] = []
+        self.values = given(environment, self.wrong)
+        self.folder = Path(environment.get("SLURM_SUBMIT_DIR", "/"))
 
     def path(self, name: str) -> str | None:
-        """Absolute; seen from the folder of the submission."""
+        """Absolute, without ``..``; seen from the folder of the submission."""
         text = self.values.get(name)
-        return None if text is None else str(self.folder / text)
+        return None if text is None else os.path.normpath(self.folder / text)
 
     def text(self, name: str) -> str | None:
         return self.values.get(name)
 
-    def number(self, name: str, kind: type[int] | type[float], least: float = 1) -> Any:
+    def number(self, name: str, kind: type[int] | type[float], least: float = 1, below: float = float("inf")) -> Any:
         text = self.values.get(name)
         if text is None:
             return None
         try:
             value = kind(text)
-            if not least <= value < float("inf"):
+            if not least <= value < below:
                 raise ValueError
         except ValueError:
-            self.wrong.append(f"{name}={text} must be a {'whole number' if kind is int else 'number'}, {least:g} or more")
+            end = f"to {below - 1:g}" if kind is int else f"to below {below:g}"
+            rule = f"{least:g} or more" if below == float("inf") else f"from {least:g} {end}"
+            self.wrong.append(f"{name}={text} must be a {'whole number' if kind is int else 'number'}, {rule}")
             return None
         return value
 
@@ -140,35 +152,51 @@ class _Reader:
         self.wrong.append(f"{name}={text} must be true or false")
         return None
 
+    def attempt(self, make: Callable[[], T]) -> T | None:
+        """What ``make`` returns; ``None`` when it raises :class:`ConfigError`, which is collected."""
+        try:
+            return make()
+        except ConfigError as error:
+            self.wrong.append(str(error))
+            return None
+
 
 def job_plan(environment: Mapping[str, str], matrix: Matrix, clusters: Path | None = None) -> Plan:
     """The plan of the one job this environment asks for, in the allocation Slurm's variables describe.
 
-    Raises :class:`ConfigError` with everything that is wrong.
+    Raises :class:`ConfigError` with everything that is wrong; a batch is looked at when all numbers can be read.
     """
-    read = _Reader(given(environment), environment.get("SLURM_SUBMIT_DIR", "/"))
-    cluster = _cluster(read.text("SITE_PROFILE"), environment.get("SLURM_CLUSTER_NAME"), clusters)
-    nodes, ranks = _allocation(environment, read)
-    phase = read.number("PHASE", int) or 1
-    if phase not in (1, 2):
-        read.wrong.append(f"PHASE={phase} must be 1 or 2")
-    platform = read.text("PLATFORM") or cluster.platform
-    if platform is None:
-        read.wrong.append(f"which platform of the matrix are these nodes? Set PLATFORM, or `platform` in {cluster.file}")
-    if read.wrong:
-        raise ConfigError("\n  ".join(read.wrong))
-    assert platform is not None
-    row = _row(read, matrix, cluster, platform, nodes, ranks, phase)
-    run = _run(read, cluster, row)
-    if read.wrong:
-        raise ConfigError("\n  ".join(read.wrong))
+    read = _Reader(environment)
+    cluster = read.attempt(lambda: _cluster(read, environment.get("SLURM_CLUSTER_NAME"), clusters))
+    allocation = read.attempt(lambda: _allocation(environment, read))
+    phase = read.number("PHASE", int, below=3) or 1
+    if cluster is None or allocation is None:
+        raise_problems(read.wrong)
+    assert cluster is not None and allocation is not None
+    platform = read.attempt(lambda: _platform(read, matrix, cluster))
+    run = read.attempt(lambda: _run(read, cluster, platform or "", phase))
+    wanted = _wanted(read, cluster, phase)
+    row = None if read.wrong or platform is None else read.attempt(lambda: wanted_row(wanted, matrix, platform, *allocation))
+    raise_problems(read.wrong)
+    assert row is not None and run is not None
     return make_plan(run, cluster, {phase: row}, [f"phase{phase}"])
 
 
-def _cluster(wanted: str | None, slurm_name: str | None, folder: Path | None) -> Cluster:
+def _cluster(read: _Reader, slurm_name: str | None, folder: Path | None) -> Cluster:
+    wanted = read.text("SITE_PROFILE")
     if wanted is not None:
-        return load_cluster(wanted, folder)
+        is_file = "/" in wanted or wanted.endswith((".yaml", ".yml"))
+        return load_cluster(str(read.path("SITE_PROFILE")) if is_file else wanted, folder)
     return (find_cluster(slurm_name, folder) if slurm_name else None) or load_cluster(BARE, folder)
+
+
+def _platform(read: _Reader, matrix: Matrix, cluster: Cluster) -> str:
+    platform = read.text("PLATFORM") or cluster.platform
+    if platform is None:
+        raise ConfigError(f"which platform of the matrix are these nodes? Set PLATFORM, or `platform` in {cluster.file}")
+    if platform not in matrix.platforms:
+        raise ConfigError(f"platform {platform!r} is not in configurations.yml{suggestion(platform, matrix.platforms)}")
+    return platform
 
 
 def _allocation(environment: Mapping[str, str], read: _Reader) -> tuple[int, int | None]:
@@ -183,89 +211,42 @@ def _allocation(environment: Mapping[str, str], read: _Reader) -> tuple[int, int
     return int(text), gpus or ranks
 
 
-def _row(read: _Reader, matrix: Matrix, cluster: Cluster, platform: str, nodes: int, ranks: int | None, phase: int) -> Row:
-    """The row of the matrix for the allocation, with what the variables change. Raises :class:`ConfigError`."""
-    name = read.text("RECIPE") or cluster.recipe
-    if platform not in matrix.platforms:
-        raise ConfigError(f"platform {platform!r} is not in configurations.yml{suggestion(platform, matrix.platforms)}")
-    here = matrix.platforms[platform]
-    precision = read.text("PRECISION")
-    batch, cuts = read.number("TRAIN_BATCH_SIZE", int), read.number("GRADIENT_ACCUMULATION_STEPS", int)
-    ranks = ranks or here.ranks_per_node
-    if batch is None and cuts is None and read.text("GLOBAL_BATCH") is None and ranks == here.ranks_per_node:
-        base = matrix.default_row(platform, nodes, phase, precision, name)
-        return dataclasses.replace(base, recipe=changed_recipe(read, base.recipe, phase, base.global_batch))
-    recipe = matrix.recipes.get(name or "lamb")
-    if recipe is None or phase not in recipe.phases:
-        raise ConfigError(f"RECIPE={name} with phase {phase} is not in recipes.yml{suggestion(name, matrix.recipes)}")
-    world = nodes * ranks
-    wanted = read.number("GLOBAL_BATCH", int) or recipe.phases[phase].global_batch
-    if batch is None:
-        if wanted % world:
-            raise ConfigError(
-                f"the global batch {wanted} cannot be shared by {nodes} x {ranks} ranks; set TRAIN_BATCH_SIZE and GLOBAL_BATCH"
-            )
-        batch = wanted // world
-    if batch * world != wanted:
-        raise ConfigError(
-            f"TRAIN_BATCH_SIZE={batch} on {nodes} nodes x {ranks} ranks is a global batch of {batch * world}, recipe {recipe.name} has "
-            f"{wanted} in phase {phase}; set TRAIN_BATCH_SIZE={wanted // world}" + ("" if wanted % world == 0 else " (not even)")
-            + f", or GLOBAL_BATCH={batch * world} to mean it"
-        )  # fmt: skip
-    if cuts is None:
-        cuts = max(1, batch // _micro_batch(matrix, platform, nodes, phase, precision, name, batch))
-    if batch % cuts:
-        raise ConfigError(f"TRAIN_BATCH_SIZE={batch} is not divisible by GRADIENT_ACCUMULATION_STEPS={cuts}")
-    precision = precision or here.precisions[0]
-    changed = changed_recipe(read, recipe, phase, wanted)
-    return Row(here, nodes, phase, precision, batch // cuts, changed, ranks, source="variables of the job")
-
-
-def _micro_batch(matrix: Matrix, platform: str, nodes: int, phase: int, precision: str | None, recipe: str | None, batch: int) -> int:
-    """The micro-batch of the matrix for this platform; it is a GPU's, so it holds for any number of them."""
-    rows = matrix.select(platform, phase=phase, precision=precision, recipe=recipe) or matrix.select(platform, phase=phase)
-    fitting = [row.micro_batch for row in rows if batch % row.micro_batch == 0]
-    if not fitting:
-        raise ConfigError(
-            f"no row of platform {platform} tells a micro-batch that divides TRAIN_BATCH_SIZE={batch}; set GRADIENT_ACCUMULATION_STEPS"
-        )
-    return fitting[0]
-
-
-def changed_recipe(read: _Reader, recipe: Recipe, phase: int, global_batch: int) -> Recipe:
-    """The recipe with the variables' learning rate, warm-up and steps."""
-    values = {
+def _wanted(read: _Reader, cluster: Cluster, phase: int) -> Wanted:
+    """What the variables say of the row."""
+    changes = {
         "learning_rate": read.number("LEARNING_RATE", float, least=1e-12),
-        "warmup_proportion": read.number("WARMUP_PROPORTION", float, least=0),
+        "warmup_proportion": read.number("WARMUP_PROPORTION", float, least=0, below=1),
         "max_steps": read.number("MAX_STEPS", int),
         "num_steps_per_checkpoint": read.number("SAVE_CHECKPOINT_STEPS", int),
-        "global_batch": global_batch,
     }
-    new = dataclasses.replace(recipe.phases[phase], **{name: value for name, value in values.items() if value is not None})
-    return recipe if new == recipe.phases[phase] else dataclasses.replace(recipe, phases={**recipe.phases, phase: new})
+    return Wanted(
+        phase, read.text("RECIPE") or cluster.recipe, read.text("PRECISION"), read.number("TRAIN_BATCH_SIZE", int),
+        read.number("GRADIENT_ACCUMULATION_STEPS", int), read.number("GLOBAL_BATCH", int),
+        {name: value for name, value in changes.items() if value is not None},
+    )  # fmt: skip
 
 
-def _run(read: _Reader, cluster: Cluster, row: Row) -> Run:
-    """Folders, model and the rest."""
-    data = (read.path("DATA_DIR_PHASE2") if row.phase == 2 else None) or read.path("DATA_DIR") or cluster.data
+def _run(read: _Reader, cluster: Cluster, platform: str, phase: int) -> Run:
+    """Folders, model and the rest. Raises :class:`ConfigError`."""
+    workers, seed = read.number("NUM_WORKERS", int, least=0), read.number("SEED", int, least=0)
+    steps, evaluate, preflight = read.number("STEPS_THIS_RUN", int), read.switch("EVALUATE"), read.switch("PREFLIGHT")
+    extra = ([] if workers is None else ["--num_workers", str(workers)]) + (read.text("EXTRA_ARGS") or "").split()
+    data = (read.path("DATA_DIR_PHASE2") if phase == 2 else None) or read.path("DATA_DIR") or cluster.data
     if data is None:
         raise ConfigError(f"where is the data? Set DATA_DIR (records, or the work folder of data.prepare), or paths.data in {cluster.file}")
     config, vocabulary = defaults(Path(data))
-    workers = read.number("NUM_WORKERS", int, least=0)
-    extra = ([] if workers is None else ["--num_workers", str(workers)]) + (read.text("EXTRA_ARGS") or "").split()
-    seed = read.number("SEED", int, least=0)
     return Run(
-        name=read.text("RUN_NAME") or f"bert-{row.platform.name}",
+        name=read.text("RUN_NAME") or f"bert-{platform}",
         results=read.path("RESULTS_DIR") or cluster.results or str(ROOT / "results"),
-        inputs={row.phase: data},
+        inputs={phase: data},
         config_file=model_config(read.text("CONFIG"), config, read.folder),
         vocab_file=read.path("VOCAB_FILE") or (None if vocabulary is None else str(vocabulary)),
         seed=42 if seed is None else seed,
         init_checkpoint=read.path("INIT_CHECKPOINT"),
-        steps_this_run=read.number("STEPS_THIS_RUN", int),
-        evaluate=bool(read.switch("EVALUATE")),
+        steps_this_run=steps,
+        evaluate=bool(evaluate),
         extra=tuple(extra),
-        preflight=read.switch("PREFLIGHT"),
+        preflight=preflight,
     )
 
 
@@ -275,7 +256,7 @@ def model_config(name: str | None, beside_data: Path | None, here: Path) -> str:
     if name is None:
         return str(beside_data or folder / "large.json")
     if "/" in name or name.endswith(".json"):
-        return str(here / name)
+        return os.path.normpath(here / name)
     if not (folder / f"{name}.json").is_file():
         raise ConfigError(f"{name} is no model in bert_configs{suggestion(name, [path.stem for path in folder.glob('*.json')])}")
     return str(folder / f"{name}.json")

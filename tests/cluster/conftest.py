@@ -1,4 +1,8 @@
-"""A Slurm cluster of two nodes and an MPI launcher, for every test that asks; what is not installed skips them and says so."""
+"""Slurm clusters, a container image and an MPI launcher, for every test that asks; what is not installed skips them and says so.
+
+``slurm``: two nodes, for what only needs jobs. ``gpu_cluster``: what a site has: four nodes of 8 (pretended) GPUs, accounting, a partition
+that preempts, containers. Each is started by the first test that wants it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.localslurm import PACKAGES, PATH, LocalSlurm, clean_environment, missing_programs
+from tests.cluster import container
+from tests.cluster.localslurm import ACCOUNTING_PACKAGES, PACKAGES, PATH, LocalSlurm, clean_environment, missing_programs
 
 MPI_PACKAGES = "openmpi-bin"
+# the second as many images do: what the host says of it does not reach the task
+IMAGE_VARIABLES = {"BERTH_TEST_IMAGE": "inside", "OMP_NUM_THREADS": "1"}
+GRACE_SECONDS = 15  # between the warning of a preempted job and its end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +39,30 @@ def slurm() -> Iterator[LocalSlurm]:
         pytest.skip(f"{', '.join(missing)} not found; install with: apt-get install {PACKAGES}")
     with LocalSlurm(nodes=2, cpus=8) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def gpu_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    """A running cluster ``n1`` to ``n4`` of 16 CPUs, 64000 MB and 8 pretended GPUs each, with sacct and the partitions batch and high.
+
+    Where containers can be tested its srun has the options of Pyxis: see :func:`container_image`.
+    """
+    missing = missing_programs(accounting=True)
+    if missing:
+        pytest.skip(f"{', '.join(missing)} not found; install with: apt-get install {PACKAGES} {ACCOUNTING_PACKAGES}")
+    plugins = [] if container.missing() else [container.build_plugin(tmp_path_factory.mktemp("minibox"))]
+    with LocalSlurm(4, 16, 64000, 8, accounting=True, grace_seconds=GRACE_SECONDS, plugstack=plugins) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def container_image(gpu_cluster: LocalSlurm, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image for ``srun --container-image`` on :func:`gpu_cluster`: this Python and its packages, nothing of Slurm."""
+    if reason := container.missing():
+        pytest.skip(reason)
+    if not gpu_cluster.private:
+        pytest.skip("no right to make namespaces here (a container without SYS_ADMIN?); run the tests where unshare --mount works")
+    return container.make_image(tmp_path_factory.mktemp("images") / "berth", IMAGE_VARIABLES)
 
 
 @pytest.fixture(scope="session")

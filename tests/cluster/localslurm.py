@@ -1,16 +1,17 @@
 """A private Slurm cluster on this machine, for tests: one controller, several nodes, nothing outside one temporary folder.
 
-In: how many nodes, CPUs and pretended GPUs. Out: :class:`LocalSlurm`, whose :attr:`environment` makes srun, sbatch and squeue talk
-to it. The daemons run in the foreground as children of this process: they end when it ends, however it ends. Where the kernel
-allows it every node has namespaces of its own: host name ``n1``, ``n2``, ..., processes (ending the node ends its jobs), and a
-``/etc/hosts`` that knows all nodes. Without that right (some containers) nodes are plain processes that share the host name.
-Ports are taken from the free ones, so clusters run side by side. Works for root and for ordinary users.
+In: how many nodes, CPUs and pretended GPUs; whether jobs are accounted for and preempted. Out: :class:`LocalSlurm`, whose
+:attr:`environment` makes srun, sbatch and squeue talk to it. The daemons run in the foreground as children of this process: they end
+when it ends, however it ends. Where the kernel allows it every node has namespaces of its own: host name ``n1``, ``n2``, ...,
+processes (ending the node ends its jobs), and a ``/etc/hosts`` that knows all nodes. Without that right (some containers) nodes are
+plain processes that share the host name. Ports are taken from the free ones, so clusters run side by side. Works for root and for
+ordinary users.
 
-Slurm 22.05 and later. Settings whose reason is not plain are explained in :meth:`LocalSlurm._configuration`. No accounting: what
-became of a job is asked of the controller, which remembers it for ten minutes. A daemon more (slurmdbd) is one more call of
-:meth:`LocalSlurm._spawn` before the controller.
+Slurm 22.05 and later. Settings whose reason is not plain are explained in :meth:`LocalSlurm._configuration`. What became of a job is
+asked of the controller, which remembers it for ten minutes. ``accounting`` adds slurmdbd and a database of its own (MariaDB, 120 MB
+and a second more to start), so that sacct and sacctmgr work: submitit needs sacct to notice a cancelled job. Memory is not enforced.
 
-    python tests/cluster/localslurm.py --nodes 4        a cluster to try things by hand, until Ctrl-C
+    python tests/cluster/localslurm.py --nodes 4 --gpus 8 --accounting        a cluster to try things by hand, until Ctrl-C
 """
 
 from __future__ import annotations
@@ -20,28 +21,43 @@ import contextlib
 import dataclasses
 import os
 import pwd
+import re
+import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol", "unshare", "setpriv")
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge libpmi2-0 libpmi0 libpmix-dev"
+ACCOUNTING_PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
+ACCOUNTING_PLUGIN = "accounting_storage_mysql.so"
+ACCOUNTING_PACKAGES = "slurmdbd slurm-wlm-mysql-plugin mariadb-server"
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 START_SECONDS = 60.0
 UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 _PRIVATE = "unshare --mount --uts --pid --fork --kill-child --mount-proc --propagation private"
+# so much of a line of scontrol that a user's name of a job, which may hold anything, is not taken for it
+_JOB = re.compile(
+    r"^JobId=\d+(?: ArrayJobId=\d+ ArrayTaskId=(\S+))?.*? JobState=(\w+) Reason=[^\n]*? "
+    r"Restarts=(\d+) BatchFlag=\d Reboot=\d ExitCode=(\d+):(\d+) ",
+    re.DOTALL | re.MULTILINE,
+)
 # the shell stays as process 1 of the node and reaps what slurmd's children leave
 _NODE = 'hostname "$1" && mount --bind "$2" /etc/hosts && shift 2 && { "$@"; exit $?; }'
 
 
-def missing_programs() -> list[str]:
-    """Which of the needed programs are not installed."""
-    return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+def missing_programs(accounting: bool = False) -> list[str]:
+    """Which of the needed programs (for accounting: of all, and the plugin of slurmdbd) are not installed."""
+    missing = [name for name in PROGRAMS + (ACCOUNTING_PROGRAMS if accounting else ()) if shutil.which(name, path=PATH) is None]
+    folders = ("lib/*/slurm*", "lib*/slurm*", "local/lib*/slurm*")
+    if accounting and not any(path for folder in folders for path in Path("/usr").glob(f"{folder}/{ACCOUNTING_PLUGIN}")):
+        missing.append(ACCOUNTING_PLUGIN)
+    return missing
 
 
 def clean_environment() -> dict[str, str]:
@@ -66,6 +82,7 @@ class Job:
     state: str
     exit_code: int
     signal: int
+    restarts: int = 0
 
 
 class SlurmError(RuntimeError):
@@ -75,9 +92,19 @@ class SlurmError(RuntimeError):
 class LocalSlurm:
     """A cluster; ``with LocalSlurm(nodes=2) as slurm`` starts and stops it."""
 
-    def __init__(self, nodes: int = 2, cpus: int = 8, memory_mb: int = 16000, gpus: int = 0) -> None:
-        """``cpus``, ``memory_mb`` and ``gpus`` of every node may be more than there are (GPUs are only counted, not there)."""
+    def __init__(
+        self, nodes: int = 2, cpus: int = 8, memory_mb: int = 16000, gpus: int = 0, *, accounting: bool = False,
+        grace_seconds: int | None = None, plugstack: Sequence[str] = (), extra: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        """``cpus``, ``memory_mb`` and ``gpus`` of every node may be more than there are (GPUs are only counted, not there).
+
+        ``accounting``: sacct and sacctmgr work. ``grace_seconds``: beside ``batch`` there is a partition ``high`` whose jobs requeue
+        those of ``batch``, which get the signal of their ``--signal`` (without: SIGTERM) that long before they are ended, or up to
+        half a minute longer: the controller does not look more often. What ends by itself in that time is not queued again.
+        ``plugstack``: lines of plugstack.conf (SPANK plugins); ``extra``: more lines of slurm.conf.
+        """
         self.nodes, self.cpus, self.memory_mb, self.gpus = nodes, cpus, memory_mb, gpus
+        self.accounting, self.grace_seconds, self.plugstack, self.extra = accounting, grace_seconds, plugstack, extra
         self.folder = Path()
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.private: list[str] = []
@@ -109,18 +136,38 @@ class LocalSlurm:
         self.folder.chmod(0o755)
         for name in ("etc", "log", "run", "state"):
             (self.folder / name).mkdir()
+        (self.folder / "state").chmod(0o700)
+        if self.accounting:
+            self._spawn("mariadbd", self._mariadbd())  # takes longest, so it is first
         self.private = self._namespaces()
-        self.ports = dict(zip(["slurmctld", *self.names], free_ports(1 + self.nodes), strict=True))
+        self.ports = dict(zip(["slurmctld", "slurmdbd", *self.names], free_ports(2 + self.nodes), strict=True))
         self._write_configuration()
         key = self.folder / "run" / "munge.key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
         self._spawn("munged", self._munged(key))
         self._wait("munged", self._socket.exists)
+        if self.accounting:
+            self._start_accounting()
         self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self._slurm_conf)])
         for name in self.names:
             self.start_node(name)
         self.wait_idle()
+
+    def _start_accounting(self) -> None:
+        self._wait("mariadbd", self._database.exists)
+        self._spawn("slurmdbd", ["slurmdbd", "-D"])
+        self._wait("slurmdbd", lambda: self._listens(self.ports["slurmdbd"]))
+        self.run("sacctmgr", "--quiet", "--immediate", "add", "cluster", "local")
+
+    def _mariadbd(self) -> list[str]:
+        """The command that makes a database and then is its server. Only its user reaches its socket: no passwords."""
+        common = ["--no-defaults", f"--user={self._user}", f"--datadir={self.folder / 'state' / 'database'}"]
+        small = ["--innodb-buffer-pool-size=64M", "--innodb-log-file-size=16M", "--innodb-flush-log-at-trx-commit=0", "--skip-log-bin"]
+        wanted = ["--innodb-lock-wait-timeout=900", "--performance-schema=0"]  # the first by slurmdbd
+        closed = ["--skip-networking", "--skip-grant-tables", f"--socket={self._database}", f"--pid-file={self._database}.pid"]
+        make = ["mariadb-install-db", *common, "--skip-test-db", "--skip-name-resolve"]
+        return ["sh", "-c", f"{shlex.join(make)} && exec {shlex.join(['mariadbd', *common, *small, *wanted, *closed])}"]
 
     def wait_idle(self) -> None:
         """Wait until no node has a job, not even one that is being cleaned up."""
@@ -150,6 +197,23 @@ class LocalSlurm:
         self.daemons[name].kill()
         self.daemons.pop(name).wait()
         self._wait(name, lambda: not self._listens(self.ports[name]))
+
+    def node_down(self, name: str, reason: str = "test") -> None:
+        """Have the controller take a node for dead: its jobs end as NODE_FAIL, at once, or are queued again.
+
+        It takes no jobs until :meth:`node_up`.
+        """
+        for state in ("drain", "down"):  # its daemon lives, and by "down" alone it is back as soon as that says so
+            self.run("scontrol", "update", f"nodename={name}", f"state={state}", f"reason={reason}")
+
+    def node_up(self, name: str) -> None:
+        """Bring a node back that :meth:`node_down` took away; returns when it takes jobs."""
+        self.run("scontrol", "update", f"nodename={name}", "state=resume")
+        self._wait(name, lambda: self.node_state(name) in ("idle", "mixed", "allocated"))
+
+    def node_state(self, name: str) -> str:
+        """``idle``, ``mixed``, ``allocated``, ``completing``, ``down``, ...; with ``*`` the node does not answer."""
+        return self.run("sinfo", "--noheader", "--Node", f"--nodes={name}", "--partition=batch", "--format=%T").strip()
 
     def stop(self) -> None:
         """End every daemon and job, and remove the folder. Safe to call at any time, more than once."""
@@ -211,7 +275,7 @@ class LocalSlurm:
 
     def _all_idle(self) -> bool:
         # "idle*": known from before, has not answered yet
-        done = self.attempt("sinfo", "--noheader", "--Node", "--format=%T")
+        done = self.attempt("sinfo", "--noheader", "--Node", "--partition=batch", "--format=%T")
         return done.returncode == 0 and done.stdout.split() == ["idle"] * self.nodes
 
     def logs(self, lines: int = 15) -> str:
@@ -237,6 +301,17 @@ class LocalSlurm:
         return self.folder / "run" / "munge.socket"
 
     @property
+    def _database(self) -> Path:
+        return self.folder / "state" / "database.socket"
+
+    @property
+    def _user(self) -> str:
+        try:
+            return pwd.getpwuid(os.getuid()).pw_name
+        except KeyError:
+            raise SlurmError(f"user id {os.getuid()} has no name in /etc/passwd, which Slurm needs") from None
+
+    @property
     def _host(self) -> str:
         return socket.gethostname().split(".")[0]
 
@@ -250,12 +325,19 @@ class LocalSlurm:
         """The environment in which Slurm's commands use this cluster."""
         # sm and vader take tasks of one host name for neighbours in memory, which nodes without namespaces are not
         openmpi = {"OMPI_MCA_btl": "tcp,self", "OMPI_MCA_btl_tcp_if_include": "lo"}
-        return {**clean_environment(), **openmpi, "SLURM_CONF": str(self._slurm_conf)}
+        # where slurmdbd's database library looks for a database of this machine
+        database = {"MYSQL_UNIX_PORT": str(self._database)} if self.accounting else {}
+        return {**clean_environment(), **openmpi, **database, "SLURM_CONF": str(self._slurm_conf)}
 
     def _write_configuration(self) -> None:
         etc = self.folder / "etc"
         (etc / "slurm.conf").write_text(self._configuration())
         (etc / "cgroup.conf").write_text("CgroupPlugin=disabled\n" if self._newer else "CgroupAutomount=no\nCgroupPlugin=cgroup/v1\n")
+        if self.plugstack:
+            (etc / "plugstack.conf").write_text("".join(f"{line}\n" for line in self.plugstack))
+        if self.accounting:
+            (etc / "slurmdbd.conf").touch(0o600)  # slurmdbd refuses one that others can read
+            (etc / "slurmdbd.conf").write_text("".join(f"{name}={value}\n" for name, value in self._accounting_settings().items()))
         if self.gpus:
             # slurmd wants a character device for each, but only looks at its type: links to /dev/null will do
             (self.folder / "gpus").mkdir()
@@ -269,11 +351,49 @@ class LocalSlurm:
         words = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, env=clean_environment()).stdout.split()
         return tuple(int(part) for part in words[-1].split(".")[:2] if part.isdigit()) >= (23, 11) if words else False
 
+    def _accounting_settings(self) -> dict[str, object]:
+        """slurmdbd.conf."""
+        return {
+            "AuthType": "auth/munge",
+            "AuthInfo": f"socket={self._socket}",
+            "DbdHost": "localhost",
+            "DbdAddr": "127.0.0.1",
+            "DbdPort": self.ports["slurmdbd"],
+            "SlurmUser": self._user,
+            "LogFile": self.folder / "log" / "slurmdbd.log",
+            "PidFile": self.folder / "run" / "slurmdbd.pid",
+            "StorageType": "accounting_storage/mysql",
+            "StorageHost": "localhost",
+            "StorageUser": self._user,
+            "StorageLoc": "slurm_accounting",
+            "CommitDelay": 0,
+        }
+
+    def _options(self) -> dict[str, object]:
+        """The settings that the arguments of the constructor switch on."""
+        settings: dict[str, object] = {}
+        if self.gpus:
+            settings["GresTypes"] = "gpu"
+        if self.accounting:
+            settings["AccountingStorageType"] = "accounting_storage/slurmdbd"
+            settings["AccountingStorageHost"] = "127.0.0.1"
+            settings["AccountingStoragePort"] = self.ports["slurmdbd"]
+            settings["AccountingStoragePass"] = self._socket
+            if self.gpus:
+                settings["AccountingStorageTRES"] = "gres/gpu"
+        if self.grace_seconds is not None:
+            settings["PreemptType"] = "preempt/partition_prio"
+            settings["PreemptMode"] = "REQUEUE"
+            settings["JobRequeue"] = 1
+            # look every two seconds, not every minute, whether a job that was queued again can start
+            settings["SchedulerParameters"] = "batch_sched_delay=0,sched_interval=2,bf_interval=2"
+            # later versions have PreemptParameters=send_user_signal, but still know this name
+            settings["SlurmctldParameters"] = "preempt_send_user_signal"
+        if self.plugstack:
+            settings["PlugStackConfig"] = self.folder / "etc" / "plugstack.conf"
+        return settings
+
     def _configuration(self) -> str:
-        try:
-            user = pwd.getpwuid(os.getuid()).pw_name
-        except KeyError:
-            raise SlurmError(f"user id {os.getuid()} has no name in /etc/passwd, which Slurm needs") from None
         settings = {
             "ClusterName": "local",
             "SlurmctldHost": f"{self._host}(127.0.0.1)",
@@ -282,8 +402,8 @@ class LocalSlurm:
             "AuthInfo": f"socket={self._socket},cred_expire=5",
             "AuthType": "auth/munge",
             "CredType": "cred/munge",
-            "SlurmUser": user,
-            "SlurmdUser": user,
+            "SlurmUser": self._user,
+            "SlurmdUser": self._user,
             "StateSaveLocation": self.folder / "state",
             "SlurmdSpoolDir": self.folder / "nodes" / "%n" / "spool",
             "SlurmctldPidFile": self.folder / "run" / "slurmctld.pid",
@@ -308,7 +428,7 @@ class LocalSlurm:
             "SlurmdTimeout": 60,
             "UnkillableStepTimeout": 60,
             "SchedulerParameters": "batch_sched_delay=0",  # default: batch jobs wait up to 3 s
-            **({"GresTypes": "gpu"} if self.gpus else {}),
+            **self._options(),
         }
         lines = [f"{name}={value}" for name, value in settings.items()]
         for name in self.names:
@@ -319,35 +439,67 @@ class LocalSlurm:
             lines.append(
                 f"NodeName={name} {where} Port={self.ports[name]} CPUs={self.cpus} RealMemory={self.memory_mb}{gpus} State=UNKNOWN"
             )
-        lines.append("PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
-        return "\n".join(lines) + "\n"
+        batch = "PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+        if self.grace_seconds is None:
+            lines.append(batch)
+        else:
+            lines.append(f"{batch} PriorityTier=10 GraceTime={self.grace_seconds}")
+            lines.append("PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=20 PreemptMode=OFF")
+        return "\n".join([*lines, *self.extra]) + "\n"
 
     # ------------------------------------------------------------------------------------------------------ commands
 
-    def attempt(self, *command: object, timeout: float = 60, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command of Slurm to its end, whatever that is."""
+    def attempt(
+        self, *command: object, timeout: float = 60, cwd: Path | None = None, variables: Mapping[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command of Slurm to its end, whatever that is; with more environment ``variables``, if any."""
         words = [str(word) for word in command]
-        return subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout, env=self.environment, stdin=subprocess.DEVNULL, cwd=cwd
-        )
+        environment = {**self.environment, **(variables or {})}
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment, stdin=subprocess.DEVNULL, cwd=cwd)
 
-    def run(self, *command: object, timeout: float = 60) -> str:
+    def run(self, *command: object, timeout: float = 60, cwd: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
         """What a command of Slurm prints. Raises :class:`SlurmError` when it fails."""
-        done = self.attempt(*command, timeout=timeout)
+        done = self.attempt(*command, timeout=timeout, cwd=cwd, variables=variables)
         if done.returncode:
             raise SlurmError(f"{command} ended with {done.returncode}: {done.stderr}")
         return done.stdout
 
+    def submit(self, *arguments: object, cwd: Path | None = None, variables: Mapping[str, str] | None = None) -> str:
+        """Submit with sbatch (options, script and its arguments, or ``--wrap``); the number of the job.
+
+        Raises :class:`SlurmError` when sbatch refuses.
+        """
+        return self.run("sbatch", "--parsable", *arguments, cwd=cwd, variables=variables).strip().split(";")[0]
+
+    def preempt(self, *names: str, seconds: float = 1) -> str:
+        """Submit a job of the partition ``high`` that takes these nodes whole for so long; its number."""
+        where = ("--partition=high", "--exclusive", f"--nodes={len(names)}", f"--nodelist={','.join(names)}")
+        return self.submit(*where, "--job-name=high", "--output=/dev/null", "--wrap", f"exec sleep {seconds}")
+
     def jobs(self, job: str) -> list[Job]:
         """A job, or all tasks of an array, now; in the order of the tasks."""
         found: dict[int, Job] = {}
-        for line in self.run("scontrol", "--oneliner", "show", "job", job).splitlines():
-            fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
-            code, number = fields["ExitCode"].split(":")
+        for task, state, restarts, code, number in _JOB.findall(self.run("scontrol", "--oneliner", "show", "job", job)):
             # tasks of an array that wait together are one line with a range of numbers
-            task = fields.get("ArrayTaskId", "0")
-            found[int(task) if task.isdigit() else -1] = Job(fields["JobState"], int(code), int(number))
+            found[int(task) if task.isdigit() else -1] = Job(state, int(code), int(number), int(restarts))
         return [found[task] for task in sorted(found)]
+
+    def state(self, job: str) -> str:
+        """The state of a job now, by the controller: ``PENDING``, ``RUNNING``, ``COMPLETED``, ..."""
+        return self.jobs(job)[0].state
+
+    def requeues(self, job: str) -> int:
+        """How often a job was queued again."""
+        return self.jobs(job)[0].restarts
+
+    def sacct(self, job: str, *fields: str) -> list[dict[str, str]]:
+        """What the accounting knows now: a row for each run of the job, its batch script and its steps, in time.
+
+        ``fields``: by default JobID, State, ExitCode and NodeList. A row changes about a second after what it tells of.
+        """
+        names = fields or ("JobID", "State", "ExitCode", "NodeList")
+        said = self.run("sacct", f"--jobs={job}", "--duplicates", "--noheader", "--parsable2", f"--format={','.join(names)}")
+        return [dict(zip(names, line.split("|"), strict=True)) for line in said.splitlines()]
 
     def wait(self, job: str, timeout: float = 120) -> list[Job]:
         """Wait for the end of a job and of every task of an array. Raises :class:`SlurmError` when it takes too long."""
@@ -360,16 +512,30 @@ class LocalSlurm:
                 raise SlurmError(f"job {job} did not end within {timeout} s: {now}\n{self.logs()}")
             time.sleep(0.1)
 
+    def wait_state(self, job: str, states: str | Sequence[str], timeout: float = 60) -> str:
+        """Wait until a job is in one of the states, which is returned. Raises :class:`SlurmError` when it takes too long."""
+        wanted = (states,) if isinstance(states, str) else tuple(states)
+        end = time.monotonic() + timeout
+        while (now := self.state(job)) not in wanted:
+            if time.monotonic() > end:
+                raise SlurmError(f"job {job} is {now}, not {' or '.join(wanted)}, after {timeout} s\n{self.logs()}")
+            time.sleep(0.1)
+        return now
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for name, default, text in (("nodes", 2, "nodes"), ("cpus", 8, "CPUs of each node"), ("gpus", 0, "pretended GPUs of each node")):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    parser.add_argument("--accounting", action="store_true", help="sacct and sacctmgr work")
+    parser.add_argument("--grace", type=int, metavar="SECONDS", help="add a partition 'high' that preempts after SECONDS (default: none)")
     arguments = parser.parse_args()
-    if missing_programs():
-        parser.exit(1, f"not installed: {', '.join(missing_programs())}; apt-get install {PACKAGES}\n")
+    if missing := missing_programs(arguments.accounting):
+        packages = f"{PACKAGES} {ACCOUNTING_PACKAGES}" if arguments.accounting else PACKAGES
+        parser.exit(1, f"not installed: {', '.join(missing)}; apt-get install {packages}\n")
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with LocalSlurm(arguments.nodes, arguments.cpus, gpus=arguments.gpus) as slurm:
+    options = {"accounting": arguments.accounting, "grace_seconds": arguments.grace}
+    with LocalSlurm(arguments.nodes, arguments.cpus, gpus=arguments.gpus, **options) as slurm:
         print(f"export SLURM_CONF={slurm.environment['SLURM_CONF']}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             signal.pause()

@@ -1,0 +1,73 @@
+"""Do model, vocabulary, records and recipe fit together? What ``run_pretraining.py`` asks when it starts, without torch and numpy.
+
+In: files, and what is known of the records. Out: what they say, and problems in words. Each names the value, the rule and the fix.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from berth.errors import ConfigError
+from berth.files import read_json, sha256_file
+from berth.launch.inputs import Records
+from berth.launch.rows import Row
+
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+POSITIONS = "max_position_embeddings"
+
+
+def read_model(path: Path) -> dict[str, Any]:
+    """A BERT configuration: every key of the file, with the sizes a BERT must have.
+
+    Raises :class:`ConfigError` for a file that is none, ``OSError`` for one that cannot be read.
+    """
+    try:
+        config = read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"config_file {path} is not JSON ({error}); take one of bert_configs, or vocab/bert_config.json") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"config_file {path} must be a JSON object with the keys of a BERT configuration")
+    values = {POSITIONS: 512, **config}  # as modeling.BertConfig does
+    wrong = [key for key in (*SIZES, POSITIONS) if type(values.get(key)) is not int or values[key] < 1]
+    if wrong:
+        raise ConfigError(f"config_file {path}: {', '.join(wrong)} must be whole numbers, 1 or more")
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    if hidden % heads:
+        raise ConfigError(f"config_file {path}: hidden_size {hidden} must be a multiple of num_attention_heads {heads}")
+    return values
+
+
+def read_vocabulary(path: Path) -> tuple[str, int]:
+    """SHA-256 of a vocabulary's bytes, and its number of entries (lines). ``OSError`` when it cannot be read."""
+    text = path.read_bytes()
+    return sha256_file(path), text.count(b"\n") + (bool(text) and not text.endswith(b"\n"))
+
+
+def same_size(entries: int, vocab_size: int) -> bool:
+    """Whether a vocabulary is of the model's size: both are padded to a multiple of 8 first. 0 entries: unknown, so nothing against it."""
+    return not entries or math.ceil(entries / 8) == math.ceil(vocab_size / 8)
+
+
+def record_problems(records: Records, row: Row, dynamic_masking: bool) -> list[str]:
+    """What is wrong with training ``row`` on ``records``. What they do not say is not held against them."""
+    recipe, folder, found = row.phase_recipe, records.folder, []
+    if records.seq_length not in (None, recipe.max_seq_length):
+        found.append(
+            f"{folder} holds sequences of {records.seq_length} tokens, recipe {row.recipe.name} has {recipe.max_seq_length}; give records of "
+            "that length"
+        )
+    if records.masking == "none" and not dynamic_masking:
+        found.append(f"{folder} holds no masks; train with --dynamic_masking, or make records with masks")
+    elif records.max_predictions not in (None, recipe.max_predictions_per_seq) and not dynamic_masking:
+        found.append(
+            f"{folder} has {records.max_predictions} masked positions a row, recipe {row.recipe.name} has {recipe.max_predictions_per_seq}; make "
+            f"the records with --max_predictions_per_seq {recipe.max_predictions_per_seq}"
+        )
+    if records.rows is not None and records.rows < row.global_batch:
+        found.append(
+            f"{folder} has {records.rows} rows to train on, one step takes {row.global_batch}; prepare more text, or choose a recipe with a "
+            "smaller global batch"
+        )
+    return found
