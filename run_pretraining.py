@@ -24,7 +24,7 @@ from torch import nn
 
 import modeling
 import optimization
-from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, run_main
+from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, print_error, run_main
 from berth.launch.inputs import records_folder
 from berth.records.dynamic import DynamicMasker, Masking
 from berth.records.reader import RecordsIndex, SampleStream, open_index
@@ -65,7 +65,7 @@ def main() -> int:
 def leave_at_once(error: BerthError | SystemExit) -> None:
     """End one of several processes with its message and exit code, without gloo's teardown, which aborts when its peers are gone first."""
     if isinstance(error, BerthError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
     sys.stdout.flush()
     os._exit(error.exit_code if isinstance(error, BerthError) else int(error.code or 0))
 

@@ -8,6 +8,7 @@ Exit codes: 2 for usage (:class:`ConfigError`), 1 for the others.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -41,6 +42,18 @@ class LaunchError(BerthError, RuntimeError):
     """A process, rank or job could not be started or reached."""
 
 
+def print_error(error: BerthError) -> None:
+    """Say it on standard error, and in the file that a launcher named in BERTH_FAILURES: there it is known that a task ended for a reason.
+
+    Slurm ends a step's other tasks when one has failed, and reports what it ended them with; the reason would be lost.
+    """
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    file = os.environ.get("BERTH_FAILURES")
+    if file:
+        with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as handle:
+            handle.write(f"{error.exit_code} {' '.join(str(error).split())}\n")
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point and leave the process with its exit code.
 
@@ -50,7 +63,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except BerthError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -25,7 +25,7 @@ from berth.files import atomic_open, read_json, write_json
 from berth.launch import render
 from berth.launch.plan import Job, Plan
 from berth.launch.slurm_commands import LIVE, NO_SLURM, ask, attempt, command, one_line, state_of
-from berth.processes import raise_for
+from berth.processes import raise_for, run_command
 from berth.runlog import read_records
 
 BACKENDS = ("sbatch", "submitit", "local")

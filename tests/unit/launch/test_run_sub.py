@@ -258,6 +258,16 @@ def test_progress_starts_the_count_again(slurm):
     assert [line.split()[2] for line in slurm.attempts() if " begin " in line] == [f"newest={n}" for n in ("none", "none", 2, 2, 10)]
 
 
+def test_only_attempts_in_a_row_count(slurm):
+    """A damaged checkpoint was taken away between two attempts: the newest is again what it was before."""
+    state = slurm.folder / "slurm"
+    state.mkdir()
+    lines = [f"2026-01-01T00:00:00 restart={at} begin newest={newest} nodes=n1" for at, newest in enumerate(("none", "none", "2"))]
+    (state / "phase1-7.attempts").write_text("\n".join(lines) + "\n")
+    slurm.attempt(3, srun=[{"exit": 137}])
+    assert slurm.requeues() == REQUEUED
+
+
 def test_attempts_without_an_end_count_as_crashes(slurm):
     """The node with the batch shell was lost: Slurm requeued the job, and nobody could write down how it ended."""
     state = slurm.folder / "slurm"
@@ -403,6 +413,33 @@ def test_by_hand_the_project_is_found(slurm, tmp_path, place):
     words = call["argv"][call["argv"].index("run_pretraining.py") :]
     assert words[words.index("--output_dir") + 1] == str(tmp_path / HOSTILE / "run")
     assert "global batch 16" in errors
+
+
+def test_the_verbatim_command(slurm, tmp_path):
+    """BATCHSIZE=2048 LR=6e-3 GRADIENT_STEPS=128 PHASE=1 sbatch -N4 --ntasks-per-node=8 run.sub"""
+    code, errors = by_hand(
+        slurm, tmp_path, SLURM_SUBMIT_DIR=ROOT, SITE_PROFILE="bare", RECIPE="", PLATFORM="dgx1-16g", BATCHSIZE=2048, LR="6e-3",
+        GRADIENT_STEPS=128, PHASE=1, SLURM_JOB_NUM_NODES=4, SLURM_NTASKS_PER_NODE=8,
+    )  # fmt: skip
+    assert code == 0, errors
+    (call,) = slurm.calls("srun")
+    words = call["argv"][call["argv"].index("run_pretraining.py") :]
+    wanted = {
+        "train_batch_size": "2048",
+        "gradient_accumulation_steps": "128",
+        "learning_rate": "0.006",
+        "max_steps": "7038",
+        "precision": "fp16",
+    }
+    assert {name: words[words.index(f"--{name}") + 1] for name in wanted} == wanted
+    assert "--ntasks=32" in call["argv"] and "--nodes=4" in call["argv"] and "--resume_from_checkpoint" in words
+
+
+def test_what_sbatch_reads_in_the_file():
+    lines = [line.removeprefix("#SBATCH ") for line in RUN_SUB.read_text().splitlines() if line.startswith("#SBATCH ")]
+    assert lines == [
+        "--job-name=bert", "--exclusive", "--mem=0", "--output=%x-%j.log", "--open-mode=append", "--requeue", "--signal=B:USR1@300",
+    ]  # fmt: skip
 
 
 def test_by_hand_outside_the_project(slurm, tmp_path):
