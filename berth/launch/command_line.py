@@ -34,7 +34,7 @@ def job_of_environment(arguments: argparse.Namespace) -> int:
 
     made = job_plan(os.environ, load_matrix())
     sys.stderr.write(plan.describe(made) + "\n")
-    sys.stdout.write(render.job_block(made.jobs[0]))
+    sys.stdout.write(render.job_block(submit.with_revision(made.jobs[0])))
     return 0
 
 

@@ -124,6 +124,7 @@ def collect(static: Mapping[str, Any], environment: Mapping[str, str], command: 
         "versions": {name: version for name, version in versions.items() if version},
         "environment": {name: value for name, value in sorted(environment.items()) if _TUNING.fullmatch(name)},
         "inputs": _inputs(static, command),
+        "image_sha256": environment.get("BERTH_IMAGE_SHA256") or None,
         "job_sha256": sha256_json(static),
     }
 

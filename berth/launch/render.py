@@ -20,7 +20,8 @@ from berth.launch.clusters import ROOT, Cluster, walltime
 from berth.launch.plan import Job, Raw, Step
 
 PASSED = (
-    "MASTER_ADDR", "MASTER_PORT", "BERTH_RECORD", "BERTH_JOB", "BERTH_PREFLIGHT", "BERTH_IMAGE_SHA256", "BERTH_NODES", "PYTHONUNBUFFERED",
+    "MASTER_ADDR", "MASTER_PORT", "BERTH_RECORD", "BERTH_JOB", "BERTH_PREFLIGHT", "BERTH_FAILURES", "BERTH_IMAGE_SHA256", "BERTH_NODES",
+    "PYTHONUNBUFFERED",
 )  # fmt: skip
 _PLAIN = "_@%+=:,./[]-"
 

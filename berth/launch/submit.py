@@ -23,7 +23,9 @@ from typing import Any
 from berth.errors import ConfigError, LaunchError
 from berth.files import atomic_open, read_json, write_json
 from berth.launch import render
+from berth.launch.clusters import ROOT
 from berth.launch.plan import Job, Plan
+from berth.launch.provenance import git_state
 from berth.launch.slurm_commands import LIVE, NO_SLURM, ask, attempt, command, one_line, state_of
 from berth.processes import raise_for, run_command
 from berth.runlog import read_records
@@ -108,8 +110,13 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
+def with_revision(job: Job) -> Job:
+    """The job with the revision of the project in its record."""
+    return dataclasses.replace(job, record={**job.record, "git": git_state(ROOT)})
+
+
 def _sbatch(job: Job, options: Sequence[str]) -> SubmittedJob:
-    script = _write(Path(job.state) / f"{job.stage}.sbatch", render.sbatch_text(job))
+    script = _write(Path(job.state) / f"{job.stage}.sbatch", render.sbatch_text(with_revision(job)))
     answer = command(["sbatch", "--parsable", *options, str(script)])
     return SubmittedJob(job.stage, job.name, answer.strip().partition(";")[0], str(script))
 
@@ -125,7 +132,7 @@ def run_local(job: Job) -> int:
     """Run a job on this machine, now, with this terminal; its exit code (128 + signal after Ctrl-C or SIGTERM)."""
     script = _local_script(job)
     script.parent.mkdir(parents=True, exist_ok=True)
-    return run_command(("bash", str(_write(script, render.local_text(job)))))
+    return run_command(("bash", str(_write(script, render.local_text(with_revision(job))))))
 
 
 def _local_script(job: Job) -> Path:
@@ -135,7 +142,7 @@ def _local_script(job: Job) -> Path:
 def _submitit(job: Job, options: Sequence[str]) -> SubmittedJob:
     if shutil.which("sbatch") is None or shutil.which("srun") is None:  # submitit asks for srun when it is made
         raise LaunchError(NO_SLURM.format("sbatch or srun"))
-    executor = _executor(job, options)
+    executor = _executor(with_revision(job), options)
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:

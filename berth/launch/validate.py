@@ -227,7 +227,7 @@ class _Checker:
 
     def start(self) -> None:
         """What lies in the run's folder already, and where the first phase starts from it."""
-        if not self.phases:
+        if not self.phases or self.run.study:
             return
         folder = Path(self.run.folder)
         entries, trained = checkpoints.read_manifest(folder)

@@ -427,7 +427,7 @@ def test_words_of_srun_with_a_container(monkeypatch: pytest.MonkeyPatch) -> None
         "srun", "--job-name=train", "--nodes=4", "--ntasks=32", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--mpi=pmix",
         "--cpus-per-task=4", "--cpu-bind=none", "--label", "--container-image=img", '"--container-name=berth_${SLURM_JOB_ID}"',
         "--container-mounts=/r:/r,/d:/d:ro", f"--container-workdir={HOME}",
-        "--container-env=MASTER_ADDR,MASTER_PORT,BERTH_RECORD,BERTH_JOB,BERTH_PREFLIGHT,BERTH_IMAGE_SHA256,BERTH_NODES,PYTHONUNBUFFERED,B,Z",
+        "--container-env=MASTER_ADDR,MASTER_PORT,BERTH_RECORD,BERTH_JOB,BERTH_PREFLIGHT,BERTH_FAILURES,BERTH_IMAGE_SHA256,BERTH_NODES,PYTHONUNBUFFERED,B,Z",
         "--no-container-mount-home", "--container-writable", "--container-remap-root", "--overlap", "true",
     ]  # fmt: skip
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,8 @@ if name == "srun":
         sys.exit(99)
     for number in play.get("checkpoints", []):
         (pathlib.Path(plays["folder"]) / f"ckpt_{number}.pt").touch()
+    if "says" in play:
+        pathlib.Path(os.environ["BERTH_FAILURES"]).write_text(play["says"])
     for node in play.get("bad", []):
         (pathlib.Path(os.environ["BERTH_PREFLIGHT"]) / f"{node}.bad").write_text("why")
     if "kill" in play:
@@ -156,7 +159,7 @@ REQUEUED = [["requeue", "7"]]
     ("code", "outcome", "requeued"),
     [
         (0, "done", False), (1, "failed", False), (2, "failed", False), (75, "crashed", True), (127, "crashed", True), (137, "crashed", True),
-        (138, "terminated", False), (143, "terminated", False),
+        (138, "crashed", True), (143, "crashed", True),  # nobody told the job to stop: srun ended the ranks that were left
     ],
 )  # fmt: skip
 def test_exit_codes(slurm, code, outcome, requeued):
@@ -170,6 +173,22 @@ def test_exit_codes(slurm, code, outcome, requeued):
     assert f"phase1 {outcome} (exit {code}), newest checkpoint: none" in errors
     ended = outcome in ("done", "failed")
     assert slurm.reports() == ([(str(code), outcome, [HOSTILE])] if ended else [])
+
+
+@pytest.mark.parametrize(("state", "outcome"), [("RUNNING", "crashed"), ("COMPLETING", "terminated"), ("CANCELLED", "terminated")])
+def test_ranks_that_end_before_this_shell_hears_of_it(slurm, state, outcome):
+    slurm.plays["job"] = f"JobId=7 JobState={state} ExcNodeList=(null) Command=/x WorkDir=/x"
+    slurm.attempt(srun=[{"exit": 143}])
+    assert f"outcome={outcome}" in slurm.attempts()[-1]
+    assert slurm.requeues() == (REQUEUED if outcome == "crashed" else [])
+
+
+@pytest.mark.parametrize("status", [1, 143, 137])
+def test_a_rank_that_said_why_is_a_failure_whatever_srun_reports(slurm, status):
+    code, errors = slurm.attempt(srun=[{"exit": status, "says": "2 --seed is -1, it must not be negative\n1 another\n"}])
+    assert (code, slurm.requeues()) == (2, [])
+    assert "because: 2 --seed is -1, it must not be negative" in errors
+    assert slurm.reports() == [("2", "failed", [HOSTILE])]
 
 
 def test_a_killed_step_is_a_crash(slurm):
@@ -227,7 +246,7 @@ def test_what_a_step_is_given(slurm):
     ]  # fmt: skip
     assert call["env"] == {
         "BERTH_NODES": "n1 n2 ", "BERTH_RECORD": f"{state}.run.json", "BERTH_JOB": f"{state}.job.json", "BERTH_PREFLIGHT": f"{state}.preflight.0",
-        "BERTH_IMAGE_SHA256": "", "MASTER_ADDR": "n1", "MASTER_PORT": "20049", "NCCL_X": HOSTILE,
+        "BERTH_FAILURES": f"{state}.failures.0", "BERTH_IMAGE_SHA256": "", "MASTER_ADDR": "n1", "MASTER_PORT": "20049", "NCCL_X": HOSTILE,
     }  # fmt: skip
     assert call["cwd"] == str(ROOT)
     assert json.loads((slurm.folder / "slurm" / "phase1-7.job.json").read_text()) == {"a": HOSTILE}
@@ -309,16 +328,30 @@ def test_requeueing_that_fails_is_said(slurm):
     assert slurm.reports() == [("137", "crashed", [HOSTILE])]
 
 
-@pytest.mark.parametrize(("before", "after"), [("(null)", "n1,n2"), ("n8,n[10-12]", "n8,n[10-12],n1,n2")])
+@pytest.mark.parametrize(("before", "after"), [("(null)", "n2"), ("n8,n[10-12]", "n8,n[10-12],n2")])
 def test_bad_nodes_are_left_out(slurm, before, after):
     slurm.with_job(steps=["preflight", "train"])
     slurm.plays |= {"job": f"JobId=7 JobName=x ExcNodeList={before} Command=/x WorkDir=/x", "update": [{"exit": 1}, {"exit": 0}]}
-    code, errors = slurm.attempt(srun=[{"exit": 75, "bad": ["n2", "n1", "collective"]}])
-    assert code == 75
+    code, errors = slurm.attempt(srun=[{"exit": 143, "bad": ["n2", "collective"]}])
+    assert code == 143
     update = ["update", "JobId=7", f"ExcNodeList={after}"]
     assert slurm.requeues() == [["requeuehold", "7"], update, update, ["release", "7"]]
-    assert "nodes that failed the pre-flight check are left out from now on: n1,n2" in errors
+    assert "nodes that failed the pre-flight check are left out from now on: n2" in errors and "why" in errors
     assert slurm.reports() == []
+
+
+def test_where_most_nodes_are_bad_none_is_left_out(slurm):
+    slurm.with_job(steps=["preflight", "train"])
+    code, errors = slurm.attempt(srun=[{"exit": 75, "bad": ["n1", "n2"]}])
+    assert (code, slurm.requeues(), slurm.reports()) == (75, [], [("75", "failed", [HOSTILE])])
+    assert "n1.bad" in errors and "why" in errors
+
+
+def test_bad_nodes_are_no_crashes(slurm):
+    slurm.with_job(steps=["preflight", "train"])
+    for restart in range(4):
+        slurm.attempt(restart, srun=[{"exit": 75, "bad": ["n2"]}])
+    assert len([call for call in slurm.requeues() if call[0] == "requeuehold"]) == 4
 
 
 def test_a_bad_collective_blames_no_node(slurm):
@@ -483,9 +516,8 @@ def test_by_hand_what_an_outer_launcher_exported_is_no_plan(slurm, tmp_path):
     assert code == 0 and " berth: phase1, job 7, attempt 1," in errors
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
 def test_shellcheck():
-    done = subprocess.run(["shellcheck", str(RUN_SUB)], capture_output=True, text=True)
+    done = subprocess.run([str(Path(sys.executable).with_name("shellcheck")), str(RUN_SUB)], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")
 
 
