@@ -51,7 +51,9 @@ def gpu_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm
     if missing:
         pytest.skip(f"{', '.join(missing)} not found; install with: apt-get install {PACKAGES} {ACCOUNTING_PACKAGES}")
     plugins = [] if container.missing() else [container.build_plugin(tmp_path_factory.mktemp("minibox"))]
-    with LocalSlurm(4, 16, 64000, 8, accounting=True, grace_seconds=GRACE_SECONDS, plugstack=plugins) as cluster:
+    # the partitions that the sample profiles ask for
+    partitions = [f"PartitionName={name} Nodes=ALL MaxTime=INFINITE State=UP" for name in ("defq", "hpc")]
+    with LocalSlurm(4, 16, 64000, 8, accounting=True, grace_seconds=GRACE_SECONDS, plugstack=plugins, extra=partitions) as cluster:
         yield cluster
 
 

@@ -419,7 +419,7 @@ def test_every_row_is_accepted_by_sbatch(gpu_cluster, tmp_path):
     """`sbatch --test-only` takes the text of every row, for every profile, whose size the cluster has."""
     matrix = load_matrix()
     rows = [row for row in matrix.rows if row.nodes <= 4 and row.ranks <= 8]
-    refused = []
+    refused, tried = [], 0
     for name in clusters.names():
         cluster = clusters.load_cluster(name)
         texts = {}
@@ -433,12 +433,14 @@ def test_every_row_is_accepted_by_sbatch(gpu_cluster, tmp_path):
             )
             texts.setdefault(head.replace(row.name, ""), (row, render.sbatch_text(job)))
         for row, text in texts.values():  # rows that ask Slurm for the same are asked for once
+            tried += 1
             script = tmp_path / "job.sbatch"
             script.write_text(text)
             done = gpu_cluster.attempt("sbatch", "--test-only", script)
             if done.returncode:
                 refused.append(f"{name}, {row.name}: {done.stderr.strip()}")
     assert not refused, "\n".join(refused)
+    assert tried >= 30, tried
 
 
 @pytest.mark.parametrize("name", ["a b", "quote'\"q", "dollar$HOME", "semi;colon", "percent%j", "hash#tag", "tick`id`", "star*", "ünï"])
