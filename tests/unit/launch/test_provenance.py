@@ -17,7 +17,7 @@ from berth.launch.provenance import collect, expand_nodes, git_state, record, wr
 ENVIRONMENT = {
     "SLURM_JOB_ID": "42", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "2", "SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "pod",
     "SLURM_JOB_PARTITION": "batch", "SLURM_JOB_NODELIST": "dgx[01-02,7]", "SLURMD_NODENAME": "dgx01", "NCCL_VERSION": "2.27.3",
-    "CUDA_VERSION": "13.0", "NCCL_IB_HCA": "=mlx5_1", "WORLD_SIZE": "8", "NVIDIA_API_KEY": "secret", "HF_TOKEN": "secret", "HOME": "/home/a",
+    "CUDA_VERSION": "13.0", "NCCL_IB_HCA": "=mlx5_1", "WORLD_SIZE": "8", "BERTH_IMAGE_SHA256": "5eed", "NVIDIA_API_KEY": "secret", "HF_TOKEN": "secret", "HOME": "/home/a",
 }  # fmt: skip
 
 
@@ -45,6 +45,7 @@ def test_facts_of_a_start(tmp_path, monkeypatch):
             }},
             "vocab_sha256": hashlib.sha256(b"[PAD]\n").hexdigest(),
         },
+        "image_sha256": "5eed",
         "job_sha256": sha256_json(static),
     }  # fmt: skip
 

@@ -107,7 +107,7 @@ def test_a_chain_through_sbatch(slurm, chain):
     ]  # fmt: skip
     assert (made.folder, made.backend, made.skipped) == (Path(chain.run.folder), "sbatch", ())
     for job, sent in zip(chain.jobs, made.jobs, strict=True):
-        assert Path(sent.script).read_text() == sbatch_text(job)
+        assert Path(sent.script).read_text() == sbatch_text(submit.with_revision(job))
 
 
 def test_the_first_job_can_wait_for_another(slurm, chain):
@@ -237,7 +237,7 @@ def test_submitit_hands_out_jobs(slurm, chain, through_submitit):
     sent, job = through_submitit.jobs[0], chain.jobs[0]
     assert sent.script == str(folder / "7_submission.sh")
     assert Path(sent.script).read_text() == sbatch_text(
-        job, log=f"{folder}/%j_0_log.out",
+        submit.with_revision(job), log=f"{folder}/%j_0_log.out",
         epilogue=["env", "SUBMITIT_EXECUTOR=slurm", sys.executable, "-u", "-m", "submitit.core._submit", str(folder)],
     )  # fmt: skip
     assert str(sent.handle.paths.stdout) == f"{folder}/7_0_log.out"
