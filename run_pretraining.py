@@ -549,7 +549,9 @@ def open_held_out(
     """The held-out records, or ``None`` without --eval_dir. Their own masks are scored; where they have none, masks that never change."""
     if options.eval_dir is None:
         return None
-    held_out = open_index(records_of(options.eval_dir, options), "test", index.seq_length, "the training records' length", vocabulary=vocabulary)
+    held_out = open_index(
+        records_of(options.eval_dir, options), "test", index.seq_length, "the training records' length", vocabulary=vocabulary
+    )
     for file in held_out.files:
         if vocab_sha256 and file.vocab_sha256 not in ("", vocab_sha256):
             raise DataError(
