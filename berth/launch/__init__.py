@@ -1,11 +1,13 @@
 """Launching on a cluster: performance matrix -> plan -> validation -> text -> submission -> report. No torch: it runs on a login node.
 
+yamlfile    YAML read strictly, mistakes collected; what the readers below are made of
 matrix, recipes, rows, published    configurations.yml, recipes.yml, published.yml: platforms, recipes, rows with computed batches
 estimate    memory and time a row will need
 clusters    site profiles
 plan        rows + site + run -> a chain of jobs, each a list of steps
-variables   the environment of a job submitted by hand -> the same plan
-validate    everything that can be wrong before submission
+variables, wanted    the environment of a job submitted by hand -> the same plan
+positional, arguments, this_machine    scripts/run_pretraining.sh: its words and the GPUs that are here -> the same plan
+validate    everything that can be wrong before submission; by inputs, fitting, preparation, checkpoints, slurm_limits
 render      a job -> the text sbatch reads
 submit, slurm_commands    sbatch, submitit, or processes on this machine; status, cancel
 measure, report    measured beside published

@@ -271,6 +271,10 @@ def parse_cluster(raw: Any, name: str, file: str) -> Cluster:
         inside = _checked(_section(section, "container", wrong), CONTAINER_KEYS, "container.", wrong)
         if "image" not in inside:
             wrong.append("container.image is missing: leave the section out for a site without containers")
+        elif inside["image"].startswith("/") and inside.get("import_to", "none") != "none":
+            wrong.append(
+                f"container.import_to {inside['import_to']} is for images of a registry, {inside['image']} is a file; leave it out"
+            )
         elif inside.get("import_to", "none") != "none" and "squashfs_dir" not in inside:
             wrong.append(f"container.import_to {inside['import_to']} needs container.squashfs_dir")
         else:

@@ -91,6 +91,9 @@ def show_text(arguments: argparse.Namespace) -> int:
     made, _, _ = request(arguments)
     for job in made.jobs:
         after = f", submitted with --dependency=afterok:<{job.after}> --kill-on-invalid-dep=yes" if job.after else ""
+        if arguments.backend == "local":
+            print(f"# ===== {job.stage}\n{render.local_text(job)}")
+            continue
         if not arguments.srun_only:
             print(f"# ===== {job.stage}{after}\n{render.sbatch_text(job)}")
         print(f"# ----- every srun of {job.stage}\n" + "\n".join(render.srun_lines(job)) + "\n")
@@ -100,23 +103,27 @@ def show_text(arguments: argparse.Namespace) -> int:
 def validate(arguments: argparse.Namespace) -> int:
     """``validate``."""
     made, rows, matrix = request(arguments)
-    check([(made, rows)], matrix, ask_slurm=not arguments.offline)
+    check([(made, rows)], matrix, arguments.backend, ask_slurm=not arguments.offline)
     return 0
 
 
-def check(plans: Sequence[tuple[plan.Plan, Mapping[int, Row]]], matrix: Matrix, ask_slurm: bool, tolerate: bool = False) -> None:
+def check(
+    plans: Sequence[tuple[plan.Plan, Mapping[int, Row]]], matrix: Matrix, backend: str, *, ask_slurm: bool = True, tolerate: bool = False
+) -> None:
     """Print what validation finds in plans (each with its rows). Raises :class:`ConfigError` with all errors, unless they are tolerated.
 
     Of several plans each line begins with the run's name.
     """
     from berth.launch.slurm_limits import NoProbe, SlurmProbe
+    from berth.launch.this_machine import visible_gpus
     from berth.launch.validate import Report
     from berth.launch.validate import validate as find
 
-    probe = SlurmProbe() if ask_slurm else NoProbe()
+    here = backend == "local"
+    probe, gpus = SlurmProbe() if ask_slurm and not here else NoProbe(), visible_gpus(os.environ) if here else None
     found = Report()
     for made, rows in plans:
-        one = find(made, rows, matrix, probe=probe)
+        one = find(made, rows, matrix, probe=probe, gpus=gpus)
         who = f"{made.run.name}: " if len(plans) > 1 else ""
         for field in dataclasses.fields(Report):
             getattr(found, field.name).extend(f"{who}{line}" for line in getattr(one, field.name))
@@ -130,7 +137,7 @@ def check(plans: Sequence[tuple[plan.Plan, Mapping[int, Row]]], matrix: Matrix, 
 def hand_over(arguments: argparse.Namespace) -> int:
     """``submit``."""
     made, rows, matrix = request(arguments)
-    check([(made, rows)], matrix, ask_slurm=arguments.backend != "local", tolerate=arguments.no_validate)
+    check([(made, rows)], matrix, arguments.backend, tolerate=arguments.no_validate)
     print(plan.describe(made), flush=True)
     submission = submit.submit(made, arguments.backend)
     for stage in submission.skipped:
@@ -147,9 +154,10 @@ def run_study(arguments: argparse.Namespace) -> int:
     plans, matrix = studied(arguments)
     if arguments.dry_run:
         for made, _ in plans:
-            print(f"# ===== {made.run.name}\n{render.sbatch_text(made.jobs[0])}")
+            text = (render.local_text if arguments.backend == "local" else render.sbatch_text)(made.jobs[0])
+            print(f"# ===== {made.run.name}\n{text}")
         return 0
-    check(plans, matrix, ask_slurm=arguments.backend != "local", tolerate=arguments.no_validate)
+    check(plans, matrix, arguments.backend, tolerate=arguments.no_validate)
     after = None
     for made, _ in plans:
         submission = submit.submit(made, arguments.backend, after=after, after_kind="afterany")
@@ -185,7 +193,7 @@ def show_report(arguments: argparse.Namespace) -> int:
     """``report``."""
     from berth.launch import report
 
-    matrix = load_matrix()
+    matrix = load_matrix(extra=[Path(file) for file in arguments.matrix])
     lines = report.compare(report.measured(arguments.folders), matrix)
     print(report.as_json(lines) if arguments.json else report.as_table(lines))
     if arguments.png:

@@ -95,7 +95,8 @@ class Matrix:
         """What ``nodes`` nodes (full ones, unless ``ranks_per_node`` is given) run: the row of the matrix, else one derived.
 
         Derived: the micro-batch of the rows of this platform, sequence length and width (16 or 32 bits), of the same recipe if there
-        are any, from the largest node count not above ``nodes``, else the smallest above. Without ``recipe`` the default one where the
+        are any, from the largest node count not above ``nodes``, else the smallest above; its options too where precision and recipe
+        are the same. Without ``recipe`` the default one where the
         platform has rows of it. Raises :class:`ConfigError` when no row tells a micro-batch or the batches do not come out even.
         """
         full = [row for row in self.select(platform) if row.ranks == (ranks_per_node or row.platform.ranks_per_node)]
@@ -114,9 +115,11 @@ class Matrix:
                 f"{recipe}); give one (--micro_batch), or add a row to slurm/configurations.yml"
             )
         base = min(similar, key=lambda row: (row.recipe.name != recipe, row.nodes > nodes, abs(row.nodes - nodes), row.precision != wanted))
+        alike = (base.precision, base.recipe.name) == (wanted, recipe)  # how gradients are sent depends on the precision
         return self.make_row(
-            platform, nodes, phase, wanted, base.micro_batch, recipe, ranks_per_node=ranks_per_node, source=f"derived from {base.name}"
-        )
+            platform, nodes, phase, wanted, base.micro_batch, recipe, ranks_per_node=ranks_per_node, options=base.options if alike else None,
+            source=f"derived from {base.name}",
+        )  # fmt: skip
 
     def make_row(
         self,

@@ -14,8 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from berth.errors import DataError
+from berth.errors import ConfigError, DataError
 from berth.files import printable_name, read_json
+from berth.launch.estimate import flops_per_sequence
+from berth.launch.fitting import read_model
 from berth.runlog import read_records
 
 WARM_UP_STEPS = 3  # as berth.training.report, which a login node cannot import
@@ -47,6 +49,7 @@ class Measurement:
         sequences_per_second: of all GPUs, harmonic mean over the steps (all sequences by all seconds); 0 without steps.
         median, low, high: 50th, 10th and 90th percentile of the logged windows.
         data_wait_share: share of the time spent waiting for data.
+        flops_per_sequence: of the job's model, forward and backward; ``None`` where its configuration is no longer there.
     """
 
     run: str
@@ -58,6 +61,7 @@ class Measurement:
     low: float
     high: float
     data_wait_share: float
+    flops_per_sequence: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +168,21 @@ def _job_of(settings: Settings, jobs: Sequence[Mapping[str, Any]]) -> Mapping[st
 def _measurement(run: str, job: Mapping[str, Any] | None, settings: Settings, windows: Sequence[Window]) -> Measurement:
     if settings.seq_len is None and job is not None:
         settings = dataclasses.replace(settings, seq_len=job.get("recipe", {}).get("max_seq_length"))
-    row = None if job is None else job["row"]
+    row, flops = (None, None) if job is None else (job["row"], _flops(job))
     steps = sum(window.steps for window in windows)
     if not steps:
-        return Measurement(run, row, settings, 0, 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Measurement(run, row, settings, 0, 0.0, 0.0, 0.0, 0.0, 0.0, flops)
     seconds = sum(window.steps / window.rate for window in windows)  # by the global batch, which is the same in all
     waiting = sum(window.data_wait_share * window.steps / window.rate for window in windows)
     rates = [window.rate for window in windows]
     tenths = statistics.quantiles(rates, n=10, method="inclusive") if len(rates) > 1 else rates
-    return Measurement(run, row, settings, steps, steps / seconds, statistics.median(rates), tenths[0], tenths[-1], waiting / seconds)
+    middle = statistics.median(rates)
+    return Measurement(run, row, settings, steps, steps / seconds, middle, tenths[0], tenths[-1], waiting / seconds, flops)
+
+
+def _flops(job: Mapping[str, Any]) -> float | None:
+    try:
+        model, recipe = read_model(Path(job["run"]["config_file"])), job["recipe"]
+        return flops_per_sequence(model, recipe["max_seq_length"], recipe["max_predictions_per_seq"])
+    except (OSError, ConfigError, KeyError, TypeError):
+        return None

@@ -44,8 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     ):
         sub = command(name, text)
         _add_request(sub)
+        _add_backend(sub)
         if name == "submit":
-            _add_submission(sub)
+            _add_tolerance(sub)
         if name == "render":
             sub.add_argument("--srun_only", action="store_true", help="only the srun lines")
         if name == "validate":
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("folder", metavar="RUN_FOLDER", help="<results>/<name> of a submission")
     report = command("report", "measured throughput beside the published one")
     report.add_argument("folders", nargs="+", metavar="FOLDER", help="run folders, or folders of runs")
+    _add_matrix(report)
     report.add_argument("--json", action="store_true", help="as JSON")
     report.add_argument("--png", metavar="FILE", help="draw measured and published scaling")
     matrix = command("matrix", "many rows as one submission")
@@ -72,7 +74,12 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--select", default="", metavar="KEY=VALUE,...", help="platform=, nodes=, phase=, precision=, recipe=")
     add("--nodes", metavar="1..32", help="node counts: 4, 1,2,4 or 1..32")
-    add("--matrix", action="append", default=[], metavar="FILE", help="a file that adds platforms, recipes or rows; may be repeated")
+    _add_matrix(parser)
+
+
+def _add_matrix(parser: argparse.ArgumentParser) -> None:
+    text = "a file that adds platforms, recipes or rows; may be repeated"
+    parser.add_argument("--matrix", action="append", default=[], metavar="FILE", help=text)
 
 
 def _add_place(parser: argparse.ArgumentParser) -> None:
@@ -115,14 +122,16 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--init_checkpoint", metavar="FILE", help="weights the first phase starts from")
     add("--steps", type=int, help="stop each phase after so many steps of this submission")
     add("--evaluate", action="store_true", help="score the held-out shard")
-    add("--matrix", action="append", default=[], metavar="FILE", help="a file that adds platforms, recipes or rows; may be repeated")
+    _add_matrix(parser)
     _add_place(parser)
 
 
-def _add_submission(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--backend", choices=submit.BACKENDS, default="sbatch", help="default: sbatch; local = processes of this machine, now"
-    )
+def _add_backend(parser: argparse.ArgumentParser) -> None:
+    text = "default: sbatch; local = processes of this machine, now"
+    parser.add_argument("--backend", choices=submit.BACKENDS, default="sbatch", help=text)
+
+
+def _add_tolerance(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_validate", action="store_true", help="submit although something was found")
 
 
@@ -133,5 +142,6 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, default=50, help="steps of each run (default: 50)")
     add("--name", default="matrix", help="folder of the study below --results (default: matrix)")
     add("--parallel", action="store_true", help="let the runs share the machine (default: one after the other, as a chain)")
-    add("--dry_run", action="store_true", help="print the sbatch texts only")
-    _add_submission(parser)
+    add("--dry_run", action="store_true", help="print the texts of the jobs only")
+    _add_backend(parser)
+    _add_tolerance(parser)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from berth.errors import BerthError, ConfigError, run_main
+from berth.errors import ConfigError, run_main
 from berth.launch import checkpoints, plan, render, submit
 from berth.launch.arguments import ARGUMENTS, RUN_FOLDER, help_text, read_words
 from berth.launch.clusters import ROOT, load_cluster
@@ -26,7 +26,7 @@ from berth.launch.slurm_limits import NoProbe
 from berth.launch.this_machine import Gpu, find_platform, visible_gpus
 from berth.launch.validate import validate
 from berth.launch.variables import model_config
-from berth.launch.yamlfile import raise_problems
+from berth.launch.yamlfile import collected, raise_problems
 
 FP16_REDUCTION = "allreduce_post_accumulation_fp16"
 SOURCE = "arguments of scripts/run_pretraining.sh"
@@ -51,10 +51,10 @@ def decide(words: Sequence[str], matrix: Matrix, gpus: Sequence[Gpu], environmen
     notices: list[str] = []
     values = read_words(words, wrong, notices)
     rows: dict[int, Row] = {}
-    with _collected(wrong):
+    with collected(wrong):
         rows = choose_rows(values, matrix, gpus, wrong, notices)
     run = None
-    with _collected(wrong):
+    with collected(wrong):
         run = make_run(values, environment, wrong)
     raise_problems(wrong, "" if len(wrong) == 1 else "several arguments are wrong:")
     assert run is not None
@@ -66,14 +66,6 @@ def decide(words: Sequence[str], matrix: Matrix, gpus: Sequence[Gpu], environmen
         begin = f"{run.results}/{values.get('job_name', ARGUMENTS['job_name'].default)}.pyt_bert_pretraining_phase"
         logs = {f"phase{phase}": f"{begin}{phase}_{row.precision}_gbs{row.global_batch}" for phase, row in rows.items()}
     return Chain(made, rows, tuple(notices), logs)
-
-
-@contextlib.contextmanager
-def _collected(wrong: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except BerthError as error:
-        wrong.append(str(error))
 
 
 def _idle(values: Mapping[str, Any]) -> list[str]:
@@ -118,7 +110,7 @@ def choose_rows(values: Mapping[str, Any], matrix: Matrix, gpus: Sequence[Gpu], 
     setting = Setting(matrix, platform, recipe, precision, ranks)
     rows = {}
     for phase in recipe.phases:
-        with _collected(wrong):
+        with collected(wrong):
             rows[phase] = phase_row(values, setting, phase, notices)
     return rows
 
@@ -202,7 +194,7 @@ def make_run(values: Mapping[str, Any], environment: Mapping[str, str], wrong: l
     if path("codedir") not in (None, str(ROOT.resolve())):
         wrong.append(f"codedir {path('codedir')} must be this project, {ROOT.resolve()}; run the script of the other one")
     results = path("results") or str(ROOT / "results")
-    with _collected(wrong):
+    with collected(wrong):
         entries, _ = checkpoints.read_manifest(Path(results, RUN_FOLDER))
         files = [*checkpoints.unlisted(Path(results, RUN_FOLDER), entries), *(entry.file for entry in entries)]
         if files and not values.get("resume_training"):

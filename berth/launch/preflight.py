@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min_free_gb", type=float, default=0.0, metavar="X", help="space it must have, 10**9 bytes (default 0)")
     parser.add_argument("--min_gb_s", type=float, metavar="X", help="bus bandwidth the all-reduce must reach, 10**9 bytes a second")
     parser.add_argument("--report", required=True, metavar="DIR", help="shared folder for <host>.bad and collective.bad")
-    parser.add_argument("--timeout_s", type=float, default=120.0, metavar="S", help="longest time for each check (default 120)")
+    parser.add_argument("--timeout_s", type=float, default=300.0, metavar="S", help="longest time for each check (default 300)")
     return parser
 
 

@@ -42,7 +42,7 @@ def discover(environment: Mapping[str, str]) -> Place:
     bigger world below itself. Without either it is a world of one. Raises :class:`LaunchError` with everything that is wrong.
     """
     slurm = _slurm_place(environment) if environment.get("SLURM_STEP_ID", "").isdigit() else None
-    given = _given_place(environment) if "RANK" in environment or "WORLD_SIZE" in environment else None
+    given = _given_place(environment, slurm) if "RANK" in environment or "WORLD_SIZE" in environment else None
     if slurm is None or given is None:
         return slurm or given or Place(0, 1, 0, 1, 0, "single process")
     if slurm.world_size == 1 and given.world_size > 1:
@@ -99,9 +99,10 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
     return numbers.place(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), local_world_size, node)
 
 
-def _given_place(environment: Mapping[str, str]) -> Place:
+def _given_place(environment: Mapping[str, str], slurm: Place | None) -> Place:
     numbers = _Numbers(environment, "the launcher")
-    local_world_size = numbers.get("LOCAL_WORLD_SIZE")
+    # Enroot's hook for PyTorch images sets the rank, the world and the local rank of a Slurm task, and not how many share the host
+    local_world_size = numbers.get("LOCAL_WORLD_SIZE", None if slurm is None else slurm.local_world_size)
     node = numbers.get("GROUP_RANK", numbers.get("NODE_RANK", 0))  # torchrun's name, and everybody else's
     return numbers.place(("RANK", "WORLD_SIZE", "LOCAL_RANK"), local_world_size, node)
 
@@ -153,8 +154,8 @@ def variables(place: Place, environment: Mapping[str, str], binding: Binding, un
     threads = len(binding.cpus) // binding.sharers if binding.cpus else unbound_cpus // place.local_world_size
     wishes = {"OMP_NUM_THREADS": str(max(1, threads))}
     if binding.nic is not None:
-        # "=" asks NCCL for this very name: mlx5_1 alone would match mlx5_10 too
-        wishes |= {"UCX_NET_DEVICES": f"{binding.nic}:1", "NCCL_IB_HCA": f"={binding.nic}"}
+        # not NCCL_IB_HCA: NCCL finds the nearest card itself, and its rings break when the ranks of a host see different cards
+        wishes["UCX_NET_DEVICES"] = f"{binding.nic}:1"
     return {**new, **{name: value for name, value in wishes.items() if not environment.get(name)}}
 
 
@@ -205,7 +206,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bind", choices=POLICIES, default="none", help="CPUs: all of the GPU's NUMA node, or an own part of them (default none)"
     )
-    parser.add_argument("--nic", choices=NICS, default="none", help="tell UCX and NCCL the network card nearest to the GPU (default none)")
+    parser.add_argument(
+        "--nic", choices=NICS, default="none", help="tell UCX the card nearest to the GPU; NCCL finds it itself (default none)"
+    )
     parser.add_argument("--record", metavar="FILE", help="rank 0 adds this start to FILE (run.json)")
     parser.add_argument("--job", metavar="FILE", help="JSON: what the launcher knows of the job, for --record")
     return parser

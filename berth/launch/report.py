@@ -28,7 +28,7 @@ class Line:
     """One measurement beside what was published for it. ``why`` says why there is no ``ratio``, else it is empty.
 
     ``scaling`` is the factor over the fewest GPUs measured with the same platform, phase, precision and batch; ``efficiency`` that factor
-    by the factor in GPUs.
+    by the factor in GPUs. ``tflops_per_gpu`` counts what the model needs, not what the GPU did (recomputed activations).
     """
 
     measurement: Measurement
@@ -41,6 +41,7 @@ class Line:
     why: str
     scaling: float | None = None
     efficiency: float | None = None
+    tflops_per_gpu: float | None = None
 
 
 def compare(measurements: Sequence[Measurement], matrix: Matrix) -> list[Line]:
@@ -64,7 +65,9 @@ def _beside(measurement: Measurement, matrix: Matrix, doubtful: Collection[tuple
     row, settings = measurement.row, measurement.settings
     platform, nodes = (row["platform"], row["nodes"]) if row else (None, None)
     per_gpu = measurement.sequences_per_second / settings.world_size
-    known = Line(measurement, platform, nodes, per_gpu, None, "", None, "")
+    flops = measurement.flops_per_sequence
+    tflops = per_gpu * flops / 1e12 if flops and measurement.steps else None
+    known = Line(measurement, platform, nodes, per_gpu, None, "", None, "", tflops_per_gpu=tflops)
     if not measurement.steps:
         return dataclasses.replace(known, why=f"no step after the first {WARM_UP_STEPS} of an attempt was logged")
     if row is None:
@@ -183,7 +186,7 @@ def check_published(matrix: Matrix, recipe: str = "lamb") -> list[PublishedCheck
 
 COLUMNS = (
     "run", "platform", "phase", "seq", "nodes x GPUs", "precision", "micro x acc", "global batch", "seq/s", "10 % - 90 %", "seq/s/GPU",
-    "published", "ratio", "scaling", "efficiency", "source, or why no ratio",
+    "TFLOPS/GPU", "published", "ratio", "scaling", "efficiency", "source, or why no ratio",
 )  # fmt: skip
 LEFT = ("run", "platform", "precision", COLUMNS[-1])
 
@@ -223,6 +226,7 @@ def _cells(line: Line) -> tuple[str, ...]:
         f"{measurement.sequences_per_second:.1f}" if done else "",
         f"{measurement.low:.1f} - {measurement.high:.1f}" if done else "",
         f"{line.per_gpu:.2f}" if done else "",
+        "" if line.tflops_per_gpu is None else f"{line.tflops_per_gpu:.3g}",
         "" if line.published is None else f"{line.published:g}",
         "" if line.ratio is None else f"{line.ratio:.2f}",
         "" if line.scaling is None else f"{line.scaling:.2f}",

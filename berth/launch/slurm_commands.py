@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from berth.errors import LaunchError
 
 COMMAND_SECONDS = 60
 NO_SLURM = "{} is not on this machine: submit from a login node, or use --backend local"
 LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "STOPPED")
+
+KEPT = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT", "SLURM_TIME_FORMAT")
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hide the variables of the job this process runs in (an interactive one, say), where it runs in one.
+
+    sbatch hands them on, and srun reads many of them as options: the new job's steps would get the memory or the GPUs of the old one's.
+    """
+    inside = "SLURM_JOB_ID" in os.environ
+    hidden = {name: value for name, value in os.environ.items() if inside and name.startswith(("SLURM_", "SRUN_")) and name not in KEPT}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def state_of(job_id: str) -> str:

@@ -26,7 +26,7 @@ from berth.launch import render
 from berth.launch.clusters import ROOT
 from berth.launch.plan import Job, Plan
 from berth.launch.provenance import git_state
-from berth.launch.slurm_commands import LIVE, NO_SLURM, ask, attempt, command, one_line, state_of
+from berth.launch.slurm_commands import LIVE, NO_SLURM, ask, attempt, command, one_line, outside_of_jobs, state_of
 from berth.processes import raise_for, run_command
 from berth.runlog import read_records
 
@@ -117,7 +117,8 @@ def with_revision(job: Job) -> Job:
 
 def _sbatch(job: Job, options: Sequence[str]) -> SubmittedJob:
     script = _write(Path(job.state) / f"{job.stage}.sbatch", render.sbatch_text(with_revision(job)))
-    answer = command(["sbatch", "--parsable", *options, str(script)])
+    with outside_of_jobs():
+        answer = command(["sbatch", "--parsable", *options, str(script)])
     return SubmittedJob(job.stage, job.name, answer.strip().partition(";")[0], str(script))
 
 
@@ -146,7 +147,8 @@ def _submitit(job: Job, options: Sequence[str]) -> SubmittedJob:
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     try:
-        handle = executor.submit(outcome, job.stage, job.folder)
+        with outside_of_jobs():
+            handle = executor.submit(outcome, job.stage, job.folder)
     except (FailedJobError, FailedSubmissionError) as error:  # sbatch failed, in its own words; or its answer has no number
         raise LaunchError(f"sbatch through submitit: {one_line(str(error))}") from error
     return SubmittedJob(job.stage, job.name, handle.job_id, str(handle.paths.submission_file), handle)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from berth.launch.inputs import describe_records
 from berth.launch.matrix import Matrix, Row
 from berth.launch.plan import Job, Plan
 from berth.launch.rows import row_problems
+from berth.launch.this_machine import Gpu
 
 FULL = 0.9  # of a GPU's memory: above it fragmentation and a longer batch may be too much
 # what the row, the recipe and the run decide: said twice, job name and record would not be those of the run
@@ -42,19 +43,22 @@ class Report:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def validate(plan: Plan, rows: Mapping[int, Row], matrix: Matrix, *, probe: slurm_limits.Probe) -> Report:
+def validate(
+    plan: Plan, rows: Mapping[int, Row], matrix: Matrix, *, probe: slurm_limits.Probe, gpus: Sequence[Gpu] | None = None
+) -> Report:
     """Check ``plan`` against everything this machine can see; never stops at the first mistake.
 
     Args:
         rows: ``{phase: row}``, as given to :func:`berth.launch.plan.make_plan`.
         probe: asks Slurm; :class:`~berth.launch.slurm_limits.NoProbe` asks nobody.
+        gpus: those of this machine, where the plan runs as its processes; ``None`` for a plan that runs elsewhere.
     """
-    checker = _Checker(plan, rows, matrix)
+    checker = _Checker(plan, rows, matrix, gpus)
     for check in (checker.model, checker.vocabulary, checker.options, checker.preparation):
         checker.attempt(check)
     for job in plan.jobs:
         if job.stage.startswith("phase"):
-            for of_phase in (checker.batch, checker.memory, checker.data, checker.time):
+            for of_phase in (checker.batch, checker.machine, checker.memory, checker.data, checker.time):
                 checker.attempt(of_phase, job, rows[int(job.stage[-1])])
     for check in (checker.start, checker.weights, checker.folders, checker.site):
         checker.attempt(check)
@@ -65,8 +69,8 @@ def validate(plan: Plan, rows: Mapping[int, Row], matrix: Matrix, *, probe: slur
 class _Checker:
     """The checks, one a method; they add to ``report``. What one reads and others need (model, vocabulary) stays here."""
 
-    def __init__(self, plan: Plan, rows: Mapping[int, Row], matrix: Matrix) -> None:
-        self.plan, self.run, self.rows, self.matrix = plan, plan.run, rows, matrix
+    def __init__(self, plan: Plan, rows: Mapping[int, Row], matrix: Matrix, gpus: Sequence[Gpu] | None) -> None:
+        self.plan, self.run, self.rows, self.matrix, self.gpus = plan, plan.run, rows, matrix, gpus
         self.report = Report()
         self.cluster = plan.jobs[0].cluster
         stages = [job.stage for job in plan.jobs]
@@ -137,6 +141,14 @@ class _Checker:
                 f"{job.stage}: the row is of platform {row.platform.name}, the nodes of {self.cluster.file} are {self.cluster.platform}"
             )
 
+    def machine(self, job: Job, row: Row) -> None:
+        """The GPUs of this machine, where the processes run on it: of several nodes all do."""
+        if self.gpus is not None and row.platform.device == "cuda" and row.world_size > len(self.gpus):
+            self.error(
+                f"{job.stage}: row {row.name} takes {row.world_size} GPUs, this machine has {len(self.gpus)}; choose a smaller row (list), or a "
+                "backend that asks Slurm for nodes"
+            )
+
     def memory(self, job: Job, row: Row) -> None:
         """The estimate of a GPU's memory, and the length against the model's positions."""
         length = row.phase_recipe.max_seq_length
@@ -148,7 +160,10 @@ class _Checker:
                 f"{self.config['max_position_embeddings']}; raise it there, or choose a recipe with shorter sequences"
             )
         have = row.platform.gpu_memory_gb
-        if row.platform.device != "cuda" or not have:
+        if row.platform.device != "cuda":
+            return
+        if not have:
+            self.report.notes.append(f"{job.stage}: platform {row.platform.name} has no gpu_memory_gb: memory is not checked")
             return
         options = {**row.phase_recipe.options, **row.options}
         saving = bool(options.get("checkpoint_activations")) or "--checkpoint_activations" in self.run.extra
@@ -198,7 +213,8 @@ class _Checker:
 
     def time(self, job: Job, row: Row) -> None:
         """Walltime and requeues against the estimate."""
-        limit, warning, restarts = job.walltime_s, self.cluster.warning_s, self.cluster.max_restarts
+        limit = job.walltime_s if self.gpus is None else None  # processes of this machine have no limit
+        warning, restarts = self.cluster.warning_s, self.cluster.max_restarts
         if limit is not None and warning >= limit:
             self.error(f"{job.stage}: warning_s {warning} of {self.cluster.file} must be shorter than the walltime {walltime(limit)}")
             return
@@ -230,10 +246,15 @@ class _Checker:
         if not self.phases or self.run.study:
             return
         folder = Path(self.run.folder)
-        entries, trained = checkpoints.read_manifest(folder)
-        loose = checkpoints.unlisted(folder, entries)
+        listed, trained = checkpoints.read_manifest(folder)
+        damaged = {entry.file: why for entry in listed if (why := checkpoints.damage(folder / entry.file)) is not None}
+        entries = tuple(entry for entry in listed if entry.file not in damaged)
+        self.report.warnings += [f"{folder / file} {why}; the training will leave it out" for file, why in damaged.items()]
+        loose = checkpoints.unlisted(folder, listed)
         if loose:
             self.report.notes.append(f"{folder}: the manifest does not know {', '.join(loose)}; the training will look into them")
+        elif damaged and not entries:
+            self.error(f"{folder} holds damaged checkpoints only; restore one, or choose another name for the run")
         else:
             self.report.notes.append(checkpoints.start(folder, entries, self.phases[0], self.run.init_checkpoint))
         differing = [key for key in fitting.SIZES if entries and self.config and trained.get(key) not in (None, self.config[key])]
@@ -267,13 +288,13 @@ class _Checker:
                 self.error(f"python {python} of {self.cluster.file} is not there or not executable; name the Python of an environment")
             return
         if container.image.startswith("/"):
-            self.place("container.image", container.image)
+            self.place("container.image", container.image, "make it with scripts/docker/build.sh and import.sh")
         if container.squashfs_dir is not None and container.import_to == "shared":
             self.place("container.squashfs_dir", container.squashfs_dir)
         for mount in self.cluster.mounts:  # the job's own folders are looked at where they are used
             self.place("mount", mount.split(":")[0])
 
-    def place(self, what: str, path: str) -> None:
+    def place(self, what: str, path: str, remedy: str = "make it") -> None:
         """A path that must be there, on this host unless it is on the nodes' own disks."""
         local = self.cluster.local
         if Path(path).exists():
@@ -281,7 +302,7 @@ class _Checker:
         if local is not None and Path(path).is_relative_to(local):
             self.report.notes.append(f"{what} {path} is on the nodes' own disks: not checked")
         else:
-            self.error(f"{what} {path} does not exist on this host; correct {self.cluster.file}, or make it")
+            self.error(f"{what} {path} does not exist on this host; correct {self.cluster.file}, or {remedy}")
 
     def slurm(self, probe: slurm_limits.Probe) -> None:
         """Partition, nodes, limits and account, where Slurm answers."""

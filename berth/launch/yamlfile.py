@@ -6,14 +6,15 @@ their types; what is wrong goes to a shared list of problems, which :func:`raise
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from berth.errors import ConfigError
+from berth.errors import BerthError, ConfigError
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML was built with it: ten times faster
 
@@ -58,6 +59,15 @@ def raise_problems(problems: Collection[str], title: str = "") -> None:
         raise ConfigError("\n  ".join(lines))
 
 
+@contextlib.contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """An error for the user that the body raises becomes one more of ``problems``."""
+    try:
+        yield
+    except BerthError as error:
+        problems.append(str(error))
+
+
 class Table:
     """One mapping of a YAML file. :meth:`take` its keys, then :meth:`close` it: keys nobody took are unknown.
 
@@ -77,7 +87,7 @@ class Table:
         self._taken: list[str] = []
 
     def take(self, key: str, kind: type, default: Any = ..., *, least: float | None = None, choices: Collection[Any] | None = None) -> Any:
-        """The value of ``key`` as ``kind``: str, int, float, bool, dict, or tuple (a list of strings).
+        """The value of ``key`` as ``kind``: str, int, float, bool, dict, list, or tuple (a list of strings).
 
         Without ``default`` the key is required. ``least`` is the smallest number allowed, ``choices`` the values allowed. Numbers
         may be written as text (PyYAML reads ``6e-3`` as text).
@@ -114,6 +124,7 @@ _NAMES = {
     bool: "true or false",
     dict: "a mapping of keys to values",
     tuple: "a list of texts",
+    list: "a list",
 }
 
 

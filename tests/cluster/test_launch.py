@@ -155,6 +155,22 @@ def test_the_verbatim_command_of_the_readme(gpu_cluster, work, data):
     assert gpu_cluster.requeues(job) == 0
 
 
+def test_whole_nodes_bring_their_gpus(gpu_cluster, work, data, tmp_path):
+    """--exclusive without a word of GPUs, from a shell inside another job: each rank sees all GPUs, and the step has the memory of the nodes."""
+    show = tmp_path / "show.sh"
+    show.write_text('#!/bin/sh\nscontrol show step $SLURM_JOB_ID.$SLURM_STEP_ID | grep TRES=\necho "sees $CUDA_VISIBLE_DEVICES"\n')
+    show.chmod(0o755)
+    profile = write_profile(tmp_path, data, python=str(show))
+    common = {"SITE_PROFILE": str(profile), "RUN_NAME": "whole nodes", "BERTH_PYTHON": sys.executable}
+    left = {"SLURM_MEM_PER_CPU": "100", "SLURM_CPUS_PER_TASK": "3", "SLURM_GPUS_PER_TASK": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x3"}
+    job = gpu_cluster.submit(
+        f"--output={tmp_path}/log", "-N2", "--ntasks-per-node=2", "run.sub", cwd=ROOT / "slurm", variables=common | left
+    )
+    said = gpu_cluster.wait(job)[0].state + (tmp_path / "log").read_text()
+    assert said.count("sees " + ",".join(map(str, range(gpu_cluster.gpus))) + "\n") == 4, said
+    assert f"gres/gpu={2 * gpu_cluster.gpus},mem={2 * gpu_cluster.memory_mb // 1024}G" in said, said
+
+
 # ---------------------------------------------------------------------------------------------------- chains in containers
 
 
@@ -358,7 +374,7 @@ def test_a_cancelled_job_stays_cancelled(gpu_cluster, long_run):
 def test_a_crash_loop_ends_with_a_diagnosis(gpu_cluster, work, long_run):
     """A program that dies by a signal each time, before any checkpoint, is tried crash_limit times."""
     crash = work / "crash.sh"
-    crash.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    crash.write_text("#!/bin/sh\nulimit -c 0\nkill -SEGV $$\n")
     crash.chmod(0o755)
     words, folder = long_run("crashing", crash_limit=2, python=str(crash))
     job = submitted(launch(gpu_cluster, "submit", *words).stdout)["phase1"]

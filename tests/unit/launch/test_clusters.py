@@ -50,7 +50,7 @@ def test_a_whole_profile_is_read() -> None:
         memory="0",
         walltime_limit="1-00:00:00",
         warning_s=600,
-        container=Container("nvcr.io#nvidia/pytorch:26.03-py3", "node", "/raid/images"),
+        container=Container("registry.example.org#nlp/berth:0.1.0", "node", "/raid/images"),
         environment={"NCCL_SOCKET_IFNAME": "bond0"},
         mpi="pmix",
         python="python",
@@ -150,6 +150,9 @@ def test_all_mistakes_at_once() -> None:
         "unknown key paths.scratch; valid: data, results, local",
         "unknown key container.writeable; did you mean writable? valid: " + ", ".join(clusters.CONTAINER_KEYS),
         "container.import_to shared needs container.squashfs_dir",
+    ]
+    assert problems({"container": {"image": "/images/a.sqsh", "import_to": "node", "squashfs_dir": "/raid"}}) == [
+        "container.import_to node is for images of a registry, /images/a.sqsh is a file; leave it out"
     ]
     assert problems({"paths": ["/a"], "container": "image"}) == [
         "paths is a section of keys, not ['/a']",

@@ -187,6 +187,12 @@ def test_which_stages(capsys, tmp_path):
         (("--row", "dgxa100-80g_8gpu_fp16"), (1, 8, 256, "fp16"), (1, 8, 32, "fp16")),
         (("--row", "bert--DGX2", "--recipe", "deepspeed"), (1, 16, 64, "fp16"), (1, 16, 16, "fp16")),
         (("--row", "dgx-a100-80g_4x8x256x8", "--nodes", "8"), (8, 8, 256, "fp16"), (8, 8, 32, "fp16")),
+        # presets name both phases, also where the platform has an earlier row of the same nodes
+        (("--row", "dgx2_16gpu_fp16"), (1, 16, 64, "fp16"), (1, 16, 16, "fp16")),
+        (("--row", "ngc_default"), (1, 8, 64, "fp16"), (1, 8, 8, "fp16")),
+        # another precision has its own micro-batch
+        (("--row", "dgx-a100-80g_4x8x256x8_fp16", "--precision", "tf32"), (4, 8, 128, "tf32"), (4, 8, 16, "tf32")),
+        (("--row", "dgx-a100-80g_4x8x256x8_fp16", "--precision", "tf32", "--micro_batch", "64"), (4, 8, 64, "tf32"), (4, 8, 16, "tf32")),
     ],
 )  # fmt: skip
 def test_rows(words, first, second):
@@ -223,6 +229,44 @@ def test_rows(words, first, second):
 @pytest.mark.parametrize("command", ["plan", "render", "validate", "submit"])
 def test_mistakes(command, words, said):
     assert said in mistake(command, *words)
+
+
+def test_a_row_in_another_precision_leaves_fp16_reduction_behind():
+    for more in ((), ("--micro_batch", "64")):
+        words = ["plan", *LOCAL, "--row", "dgx-a100-80g_4x8x256x8_fp16", "--precision", "tf32", *more]
+        _, rows, _ = command_line.request(build_parser().parse_args(words))
+        assert [row.options for row in rows.values()] == [{}, {}]
+
+
+def test_a_recipe_of_one_phase(capsys):
+    assert stages(capsys, *LOCAL, "--row", "nd40rs_v2_1x8x4x128_fp16_azureml-adam-p1") == ["phase1"]
+
+
+def test_all_mistakes_of_a_request_at_once():
+    words = ("--cluster", "local", "--row", "nope", "--time", "99", "--steps", "0", "--seed", "-1")
+    assert [line.strip().split(" ")[:2] for line in mistake("plan", *words).splitlines()] == [
+        ["2", "mistakes:"], ["no", "row"], ["'99'", "is"], ["--steps", "0"], ["--seed", "-1"], ["where", "is"],
+    ]  # fmt: skip
+    message = mistake("plan", "--cluster", "nowhere", "--row", "nope")
+    assert "there is no site profile" in message and "no row 'nope'" in message
+
+
+def test_some_steps_ask_for_the_time_of_some_steps(capsys):
+    words = ("--cluster", "dgx-a100-superpod", "--row", "dgx-a100-80g_1x8x256x32_fp16", "--data", "/d", "--config", "large")
+    # published: 4591 and 1657 sequences/s on one node
+    for steps, times in (("50", ["00:30:00", "00:30:00"]), ("1000", ["05:00:00", "07:00:00"]), ("7038", ["08:00:00", "08:00:00"])):
+        text = run(capsys, "render", *words, "--steps", steps)
+        assert [line.partition("=")[2] for line in text.splitlines() if line.startswith("#SBATCH --time")] == times
+
+
+def test_what_would_run_here(capsys, tmp_path):
+    words = ("--backend", "local", "--cluster", "dgx-a100-superpod", "--results", tmp_path, "--data", "/d", "--config", "large")
+    text = run(capsys, "render", *words, "--row", ROW1, "--phase", "1")
+    assert "sbatch" not in text.lower() and "exec " + sys.executable + " -m berth.launch.spawn --ranks 4" in text
+    for command in ("validate", "submit"):
+        message = mistake(command, *words, "--row", "dgx-a100-80g_2x8x256x16_fp16", "--phase", "1")
+        assert "phase1: row dgx-a100-80g_2x8x256x16_fp16 takes 16 GPUs, this machine has 0; choose a smaller row" in message
+        assert "partition" not in message and "container" not in message
 
 
 def test_validation_reports_everything_before_submission(capsys, tmp_path):
@@ -325,7 +369,7 @@ def test_a_study_on_this_machine_and_its_report(capsys, tmp_path):
     assert not list((tmp_path / "r").rglob("ckpt_*"))
     found = json.loads(run(capsys, "report", tmp_path / "r" / "matrix", "--json"))
     assert len(found) == 2
-    table = run(capsys, "report", tmp_path / "r" / "matrix")
+    table = run(capsys, "report", tmp_path / "r" / "matrix", "--matrix", tmp_path / "more.yml")
     assert "local" in table and len(table.splitlines()) >= 3
 
 

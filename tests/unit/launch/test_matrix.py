@@ -109,6 +109,11 @@ def test_the_a100_scaling_table(matrix: Matrix, nodes: int, precision: str, micr
         assert {one.accumulation for one in matrix.published_for(row)} == {row.accumulation}
 
 
+def test_a_derived_row_sends_gradients_like_the_row_it_comes_from(matrix: Matrix) -> None:
+    assert matrix.default_row("dgx-a100-80g", 64, 2, "fp16").options == {"allreduce_post_accumulation_fp16": True}
+    assert matrix.default_row("dgx-a100-80g", 64, 2, "bf16").options == {}
+
+
 @pytest.mark.parametrize("place", AZURE)
 def test_the_azure_tables(matrix: Matrix, place: tuple[str, int]) -> None:
     rows = [matrix.default_row(*place, phase) for phase in (1, 2)]

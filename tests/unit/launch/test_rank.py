@@ -77,6 +77,16 @@ def test_wrong_places_name_all_that_is_wrong():
         discover({**SLURM, **alone})
 
 
+def test_what_enroots_hook_for_pytorch_images_sets():
+    """RANK, WORLD_SIZE and LOCAL_RANK from Slurm's variables; no LOCAL_WORLD_SIZE."""
+    hook = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1"}
+    assert discover({**SLURM, **hook}) == discover(SLURM)
+    with pytest.raises(LaunchError, match="LOCAL_RANK=2 is outside 0..1"):
+        discover({**SLURM, **hook, "LOCAL_RANK": "2"})
+    with pytest.raises(LaunchError, match="LOCAL_WORLD_SIZE is not set"):
+        discover(hook)
+
+
 def test_tasks_per_node():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("8") == [8]
@@ -106,10 +116,9 @@ def test_variables():
     ranks = {"RANK": "5", "WORLD_SIZE": "7", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "2"}
     assert variables(place, {}, Binding(), 9) == {**ranks, "OMP_NUM_THREADS": "4"}
     assert variables(place, {}, Binding(), 1) == {**ranks, "OMP_NUM_THREADS": "1"}
-    assert variables(place, {}, Binding(tuple(range(12)), 0, "mlx5_1", 4), 99) == {
-        **ranks, "OMP_NUM_THREADS": "3", "UCX_NET_DEVICES": "mlx5_1:1", "NCCL_IB_HCA": "=mlx5_1",
-    }  # fmt: skip
-    own = {"OMP_NUM_THREADS": "7", "UCX_NET_DEVICES": "eth0", "NCCL_IB_HCA": "mlx5"}
+    bound = variables(place, {}, Binding(tuple(range(12)), 0, "mlx5_1", 4), 99)
+    assert bound == {**ranks, "OMP_NUM_THREADS": "3", "UCX_NET_DEVICES": "mlx5_1:1"}  # NCCL_IB_HCA must be the same for all ranks of a host
+    own = {"OMP_NUM_THREADS": "7", "UCX_NET_DEVICES": "eth0"}
     assert variables(place, own, Binding((0,), 0, "mlx5_1"), 9) == ranks
 
 

@@ -401,7 +401,8 @@ def test_a_step_becomes_srun_itself(tmp_path: Path) -> None:
 
 
 def test_the_local_backend_runs_the_same_programs(tmp_path: Path) -> None:
-    cluster = dataclasses.replace(site("dgx-a100-superpod"), python="python3", setup=("exit 9",))
+    container = Container("registry.site#berth:1", "shared", "/images")
+    cluster = dataclasses.replace(site("dgx-a100-superpod"), python="python3", setup=("exit 9",), container=container)
     (job,) = chain(cluster, ["phase1"], name=f"n{NASTY}".replace("/", ""))
     block = job_block(job, backend="local").replace(sys.executable, "srun")
     calls = run_block(tmp_path, block, "berth_setup\n" + STEPS)  # without the site's setup, and without an import of images

@@ -13,6 +13,7 @@ from berth.launch import measure
 from berth.launch.matrix import load_matrix
 from berth.launch.report import as_json, as_table, check_published, compare, draw, measured
 from berth.runlog import RunLog
+from tests.support import ROOT
 
 A100 = {"platform": "dgx-a100-80g", "nodes": 4, "ranks_per_node": 8, "phase": 1, "precision": "fp16", "micro_batch": 256}
 
@@ -46,7 +47,9 @@ def attempt(folder, rates, *, every=1, start=0, wait=0.1, summary=None, evaluate
 
 def run_json(folder, row=None, name="phase1-7.run.json", **more):
     (folder / "slurm").mkdir(exist_ok=True)
-    write_json(folder / "slurm" / name, {"row": row or A100, "recipe": {"max_seq_length": 128}, "attempts": [], **more})
+    recipe = {"max_seq_length": 128, "max_predictions_per_seq": 20}
+    model = {"config_file": str(ROOT / "bert_configs" / "large.json")}
+    write_json(folder / "slurm" / name, {"row": row or A100, "recipe": recipe, "run": model, "attempts": [], **more})
 
 
 @pytest.fixture
@@ -190,7 +193,7 @@ def test_the_rule_is_that_of_the_matrix(matrix):
             row.phase, row.precision, row.phase_recipe.max_seq_length, row.world_size, row.micro_batch, row.accumulation, batch
         )  # fmt: skip
         facts = {"platform": row.platform.name, "nodes": row.nodes, "ranks_per_node": row.ranks}
-        (line,) = compare([measure.Measurement("x", facts, settings, 5, 1.0, 1.0, 1.0, 1.0, 0.0)], matrix)
+        (line,) = compare([measure.Measurement("x", facts, settings, 5, 1.0, 1.0, 1.0, 1.0, 0.0, None)], matrix)
         fitting = [one for one in matrix.published_for(row) if one.global_batch in (None, batch)]
         assert (line.published, line.ratio is None) == (fitting[0].sequences_per_second if fitting else None, not fitting), row.name
 
@@ -241,10 +244,10 @@ def test_published_numbers_are_checked_against_published_hours(matrix):
 # -- showing --------------------------------------------------------------------------------------------------------------
 
 TABLE = """\
-| run       | platform     | phase | seq | nodes x GPUs | precision | micro x acc | global batch |   seq/s |       10 % - 90 % | seq/s/GPU | published | ratio | scaling | efficiency | source, or why no ratio                                                     |
-|:----------|:-------------|------:|----:|-------------:|:----------|------------:|-------------:|--------:|------------------:|----------:|----------:|------:|--------:|-----------:|:----------------------------------------------------------------------------|
-| a\\x7cb\\nc | ?            |     1 | 128 |       ? x 32 | fp16      |     256 x 8 |        65536 |    50.0 |       50.0 - 50.0 |      1.56 |           |       |         |            | hardware unknown: no run.json of a phase 1 job with 32 ranks beside the log |
-| run       | dgx-a100-80g |     1 | 128 |        4 x 8 | fp16      |     256 x 8 |        65536 | 18000.0 | 18000.0 - 18000.0 |    562.50 |     18119 |  0.99 |    1.00 |      100 % | nvidia-readme a07d20a1 (2022-05-25, container 21.11)                        |"""
+| run       | platform     | phase | seq | nodes x GPUs | precision | micro x acc | global batch |   seq/s |       10 % - 90 % | seq/s/GPU | TFLOPS/GPU | published | ratio | scaling | efficiency | source, or why no ratio                                                     |
+|:----------|:-------------|------:|----:|-------------:|:----------|------------:|-------------:|--------:|------------------:|----------:|-----------:|----------:|------:|--------:|-----------:|:----------------------------------------------------------------------------|
+| a\\x7cb\\nc | ?            |     1 | 128 |       ? x 32 | fp16      |     256 x 8 |        65536 |    50.0 |       50.0 - 50.0 |      1.56 |            |           |       |         |            | hardware unknown: no run.json of a phase 1 job with 32 ranks beside the log |
+| run       | dgx-a100-80g |     1 | 128 |        4 x 8 | fp16      |     256 x 8 |        65536 | 18000.0 | 18000.0 - 18000.0 |    562.50 |        135 |     18119 |  0.99 |    1.00 |      100 % | nvidia-readme a07d20a1 (2022-05-25, container 21.11)                        |"""
 
 
 def test_table(run, matrix):
@@ -252,6 +255,16 @@ def test_table(run, matrix):
     hostile.mkdir()
     attempt(hostile, [1.0] * 3 + [50.0])
     assert as_table(compare(measured([run.parent]), matrix)) == TABLE
+
+
+def test_work_of_the_model(run, matrix):
+    """562.5 sequences/s a GPU of 240.6 GFLOP each; nothing where the model is no longer known."""
+    (line,) = compare(measured([run]), matrix)
+    assert line.tflops_per_gpu == pytest.approx(562.5 * 0.2406, rel=1e-3)
+    for model in ({"config_file": "/gone.json"}, {}, None):
+        run_json(run, run=model)
+        (line,) = compare(measured([run]), matrix)
+        assert line.tflops_per_gpu is None and line.ratio is not None
 
 
 def test_json_holds_every_field(run, matrix):

@@ -25,8 +25,9 @@ HOSTILE = "two words 'and\" $HOME; ü"
 # every tool is this program under its own name; what it plays stands in plays.json
 FAKE = r"""
 import json, os, pathlib, signal, sys, time
+WATCHED = "SLURM_GPUS_PER_NODE SLURM_MEM_PER_CPU SLURM_CPU_BIND SLURM_TRES_PER_TASK SLURM_GPUS_PER_TASK".split()
 here, name = pathlib.Path(__file__).resolve().parent, pathlib.Path(sys.argv[0]).name
-env = {key: value for key, value in os.environ.items() if key.startswith(("BERTH_", "MASTER_")) or key in ("RANK", "NCCL_X")}
+env = {key: value for key, value in os.environ.items() if key.startswith(("BERTH_", "MASTER_")) or key in ("RANK", "NCCL_X", *WATCHED)}
 with open(here / "calls.jsonl", "a") as calls:
     calls.write(json.dumps({"tool": name, "argv": sys.argv[1:], "env": env, "cwd": os.getcwd()}) + "\n")
 plays = json.loads((here / "plays.json").read_text())
@@ -349,11 +350,46 @@ def test_where_most_nodes_are_bad_none_is_left_out(slurm):
     assert "n1.bad" in errors and "why" in errors
 
 
-def test_bad_nodes_are_no_crashes(slurm):
+def test_bad_nodes_again_and_again_end_the_job(slurm):
+    """What all nodes share (a full disk) is told by the first one that looks, each time another: leaving nodes out one by one never ends."""
     slurm.with_job(steps=["preflight", "train"])
+    said = [slurm.attempt(restart, srun=[{"exit": 75, "bad": ["n2"]}]) for restart in range(3)]
+    assert len([call for call in slurm.requeues() if call[0] == "requeuehold"]) == 2
+    assert said[2][0] == 75 and "3 attempts in a row without a new checkpoint" in said[2][1]
+    assert slurm.reports() == [("75", "bad_node", [HOSTILE])]
+
+
+@pytest.mark.parametrize(("stage", "requeues"), [("prepare", 4), ("phase1", 2)])
+def test_a_long_preparation_outlives_many_time_limits(slurm, stage, requeues):
+    """It makes no checkpoint, by which training shows that it gets on."""
+    slurm.job = dataclasses.replace(slurm.job, stage=stage)
     for restart in range(4):
-        slurm.attempt(restart, srun=[{"exit": 75, "bad": ["n2"]}])
-    assert len([call for call in slurm.requeues() if call[0] == "requeuehold"]) == 4
+        slurm.attempt(restart, srun=[{"listen": 1, "exit": 138}], signals=["SIGUSR1"] if len(slurm.requeues()) == restart else [])
+        for name in ("ready", "signals"):
+            (slurm.bin / name).unlink(missing_ok=True)
+    assert slurm.requeues() == REQUEUED * requeues
+
+
+def test_srun_gets_no_option_by_accident(slurm):
+    """Left from an interactive job, or the form in which this job asked; and the GPUs of whole nodes that nobody asked for."""
+    left = {"SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "quiet,mask_cpu:0x3", "SLURM_TRES_PER_TASK": "cpu:3", "SLURM_GPUS_PER_TASK": "1"}
+    slurm.attempt(**left, SLURM_GPUS_ON_NODE=8)
+    slurm.attempt(**left)
+    seen = [{name: value for name, value in call["env"].items() if name.startswith("SLURM_")} for call in slurm.calls("srun")]
+    assert seen == [{"SLURM_GPUS_PER_NODE": "8"}, {}]
+
+
+def test_what_an_earlier_local_run_said_is_forgotten(slurm):
+    """Here every run has the same number; the reason of one that failed is not the reason of the next."""
+    slurm.job = dataclasses.replace(slurm.job, steps=(Step("train", ("sh", "-c", "exit 137"), 1, 1),), nodes=1)
+    state = slurm.folder / "slurm"
+    (state / "phase1-7.preflight.0").mkdir(parents=True)
+    (state / "phase1-7.preflight.0" / "here.bad").write_text("why")
+    (state / "phase1-7.failures.0").write_text("2 an old reason\n")
+    running = slurm.start(local_text(slurm.job))
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 137 and "an old reason" not in errors
+    assert slurm.attempts()[-1].startswith("restart=0 end outcome=crashed exit=137")
 
 
 def test_a_bad_collective_blames_no_node(slurm):

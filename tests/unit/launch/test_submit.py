@@ -25,12 +25,13 @@ from tests.support import ROOT, TINY, environment, write_records
 
 HOSTILE = "two words; 'and\" $HOME ü"
 FAKE = r"""
-import json, pathlib, sys
+import json, os, pathlib, sys
 here, name = pathlib.Path(__file__).resolve().parent, pathlib.Path(sys.argv[0]).name
 with open(here / "calls.jsonl", "a") as calls:
     calls.write(json.dumps([name, *sys.argv[1:]]) + "\n")
 plays = json.loads((here / "plays.json").read_text())
 if name == "sbatch":
+    (here / "inherited.json").write_text(json.dumps({key: value for key, value in os.environ.items() if key.startswith(("SLURM_", "SBATCH_"))}))
     counter = here / "submitted"
     number = int(counter.read_text()) + 1 if counter.exists() else 7
     counter.write_text(str(number))
@@ -195,6 +196,20 @@ def test_status_asks_the_queue_then_the_accounting(slurm, chain):
     with pytest.raises(LaunchError, match=r"holds no submission to Slurm \(slurm/submission.json\); give the folder of a run"):
         submit.status(Path(chain.run.results))
     assert submit.cancel(Path(chain.run.results)) == []
+
+
+@pytest.mark.parametrize("backend", ["sbatch", "submitit"])
+def test_from_inside_another_job(slurm, chain, monkeypatch, backend):
+    """An interactive job's variables would be options for every srun of the new one."""
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_ACCOUNT": "nlp"}
+    other = {"SLURM_JOB_ID": "3", "SLURM_MEM_PER_CPU": "100", "SLURM_CPU_BIND": "quiet,mask_cpu:0x3", "SLURM_RESTART_COUNT": "2"}
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (kept | other).items():
+        monkeypatch.setenv(name, value)
+    submit.submit(chain, backend)
+    assert json.loads((slurm.folder / "inherited.json").read_text()) == kept
+    assert {name: os.environ[name] for name in other} == other
 
 
 def test_without_slurm(chain, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from berth.launch.clusters import Cluster, Container
 from berth.launch.matrix import Matrix, Row
 from berth.launch.recipes import PhaseRecipe, Platform, Recipe
 from berth.launch.slurm_limits import Associations, NoProbe, PartitionInfo
+from berth.launch.this_machine import Gpu
 from berth.launch.validate import Report, validate
 from tests.support import ROOT, TINY, VOCAB_SIZE, write_records
 
@@ -260,6 +261,11 @@ def test_memory(site: Site) -> None:
     assert site.check().warnings == []
 
 
+def test_memory_of_a_platform_that_does_not_tell_is_not_checked(site: Site) -> None:
+    site.phase(1, platform=dataclasses.replace(PLATFORM, gpu_memory_gb=0.0))
+    assert "phase1: platform box has no gpu_memory_gb: memory is not checked" in site.check().notes
+
+
 def test_masks(site: Site) -> None:
     source = site.folder / "unmasked"
     write_records(source / "a_training_0.hdf5", 20, 0, masking="none")
@@ -288,6 +294,30 @@ def test_a_checkpoint_without_an_entry_is_left_to_the_training(site: Site) -> No
     report = site.check()
     assert report.errors == []
     assert f"{folder}: the manifest does not know ckpt_100.pt; the training will look into them" in report.notes
+
+
+def test_a_damaged_checkpoint_is_no_start(site: Site) -> None:
+    path = site.checkpoint(20, 1, True)
+    path.write_bytes(path.read_bytes()[:-10])
+    for stages in (("phase2",), ("phase1", "phase2")):
+        site.stages = stages
+        report = site.check()
+        assert report.errors == [f"{path.parent} holds damaged checkpoints only; restore one, or choose another name for the run"]
+        (warning,) = report.warnings
+        assert warning.startswith(f"{path} has ") and warning.endswith("it is truncated; the training will leave it out")
+
+
+@pytest.mark.parametrize(("gpus", "errors"), [(None, 0), (4, 0), (3, 2)])
+def test_the_gpus_of_this_machine(site: Site, gpus: int | None, errors: int) -> None:
+    cards = None if gpus is None else [Gpu("G1", 16.0)] * gpus
+    found = validate(site.plan(), site.rows, site.matrix, probe=NoProbe(), gpus=cards).errors
+    assert len(found) == errors and all("takes 4 GPUs, this machine has 3; choose a smaller row" in error for error in found)
+
+
+def test_processes_of_this_machine_have_no_time_limit(site: Site) -> None:
+    site.cluster |= {"walltime_limit": "00:30:00", "max_restarts": 0}
+    assert len([error for error in site.check().errors if "requeues" in error]) == 2
+    assert validate(site.plan(), site.rows, site.matrix, probe=NoProbe(), gpus=[Gpu("G1", 16.0)] * 4).errors == []
 
 
 def test_warnings(site: Site) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from berth.errors import ConfigError
-from berth.launch.yamlfile import Table, raise_problems, read_yaml, suggestion
+from berth.launch.yamlfile import Table, collected, raise_problems, read_yaml, suggestion
 
 
 def test_reads_what_safe_load_reads(tmp_path: Path) -> None:
@@ -95,3 +95,19 @@ def test_problems_are_raised_together() -> None:
 def test_suggestions() -> None:
     assert suggestion("lamp", ["lamb", "adamw"]) == "; did you mean lamb? valid: lamb, adamw"
     assert suggestion(7, [1, 2]) == "; valid: 1, 2"
+
+
+def test_errors_for_the_user_are_collected_and_bugs_are_not() -> None:
+    problems = ["first"]
+    with collected(problems):
+        raise ConfigError("second")
+    assert problems == ["first", "second"]
+    with pytest.raises(KeyError), collected(problems):
+        raise KeyError("bug")
+
+
+@pytest.mark.parametrize("value", [None, "x", {"a": 1}])
+def test_what_should_be_a_list(value: object) -> None:
+    problems: list[str] = []
+    assert Table({"rows": value}, "f", problems).take("rows", list) == []
+    assert [problem.partition(", not ")[0] for problem in problems] == ["f: rows must be a list"]
