@@ -3,7 +3,7 @@
 A message names the wrong value (file, line, option), the rule it breaks and the fix. Programming mistakes stay
 ``assert``/``ValueError`` and show their traceback; these are printed as one line.
 
-Exit codes: 2 for usage (:class:`ConfigError`), 1 for the others.
+Exit codes: 2 for usage (:class:`ConfigError`), 75 where another try may help (:class:`JoinError`), 1 for the others.
 """
 
 from __future__ import annotations
@@ -43,16 +43,28 @@ class LaunchError(BerthError, RuntimeError):
     """A process, rank or job could not be started or reached."""
 
 
+class JoinError(LaunchError):
+    """The ranks did not find each other. The network or a node may be to blame: worth another try. Exit code 75."""
+
+    exit_code = 75
+
+
 def print_error(error: BerthError) -> None:
-    """Say it on standard error, and in the file that a launcher named in BERTH_FAILURES: there it is known that a task ended for a reason.
+    """Say it on standard error, and note it for the launcher, unless another try may help."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if not isinstance(error, JoinError):
+        note_failure(error.exit_code, str(error))
+
+
+def note_failure(code: int, message: str) -> None:
+    """Add to the file that a launcher named in BERTH_FAILURES that this task ended for a reason.
 
     Slurm ends a step's other tasks when one has failed, and reports what it ended them with; the reason would be lost.
     """
-    print(f"error: {error}", file=sys.stderr, flush=True)
     file = os.environ.get("BERTH_FAILURES")
     if file:
         with contextlib.suppress(OSError), open(file, "a", encoding="utf-8") as handle:
-            handle.write(f"{error.exit_code} {' '.join(str(error).split())}\n")
+            handle.write(f"{code} {' '.join(message.split())}\n")
 
 
 def run_main(main: Callable[[], int | None]) -> None:
@@ -76,6 +88,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = 128 + signal.SIGPIPE
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
+        message = f"{error.strerror or error}{where}"
+        print(f"error: {message}", file=sys.stderr)
+        note_failure(1, message)
         code = 1
     sys.exit(code or 0)

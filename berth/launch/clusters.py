@@ -32,7 +32,6 @@ class Container:
     image: str
     import_to: str = "none"
     squashfs_dir: str | None = None
-    workdir: str | None = None
     mount_home: bool = False
     writable: bool = False
     remap_root: bool = False
@@ -204,11 +203,17 @@ KEYS: dict[str, tuple[Check, str]] = {
     "environment": (_environment, "variables of every task (NCCL_..., UCX_...)"),
     "mpi": (_one_of("none", "pmix", "pmi2", "pmix_v3", "pmix_v4", "pmix_v5"), "srun --mpi"),
     "python": (_text, "Python inside the container, or of a shared environment"),
-    "host_python": (_path, "Python with PyYAML on the nodes, outside the container; for jobs submitted by hand, and for submitit"),
+    "host_python": (
+        _path,
+        "Python with submitit on the nodes, outside the container; for --backend submitit (default: the one that submits)",
+    ),
     "setup": (_list(_text), "shell lines before the steps (module load ...)"),
     "paths": (lambda value: value, "section: data (work folder of data.prepare), results (shared), local (disk of each node)"),
     "bind": (_one_of("none", "numa", "exclusive"), "CPUs of a task: all, those of its GPU's NUMA node, an own share of them"),
-    "nic": (_one_of("none", "nearest"), "network card of a task: NCCL's choice, or the one nearest to its GPU"),
+    "nic": (
+        _one_of("none", "nearest"),
+        "UCX's network card of a task: its own choice, or the one nearest to the GPU; NCCL always chooses itself",
+    ),
     "sbatch": (_list(_option), "further options of sbatch, each one word (--name=value)"),
     "srun": (_list(_option), "further options of srun, each one word"),
     "max_restarts": (_count(0), "requeues of one job before it gives up"),
@@ -220,7 +225,6 @@ CONTAINER_KEYS: dict[str, tuple[Check, str]] = {
     "image": (_text, "registry reference as Pyxis writes it, or path of a squashfs file"),
     "import_to": (_one_of("none", "shared", "node"), "pull at every step, or import once to shared storage or to each node"),
     "squashfs_dir": (_path, "where imported images lie"),
-    "workdir": (_path, "working folder inside; the project's if not given"),
     "mount_home": (_bool, "mount the home folder"),
     "writable": (_bool, "let tasks write to the (throw-away) root file system"),
     "remap_root": (_bool, "be root inside"),

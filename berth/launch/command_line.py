@@ -92,10 +92,10 @@ def show_text(arguments: argparse.Namespace) -> int:
     for job in made.jobs:
         after = f", submitted with --dependency=afterok:<{job.after}> --kill-on-invalid-dep=yes" if job.after else ""
         if arguments.backend == "local":
-            print(f"# ===== {job.stage}\n{render.local_text(job)}")
+            print(f"# ===== {job.stage}\n{render.local_text(submit.with_revision(job))}")
             continue
         if not arguments.srun_only:
-            print(f"# ===== {job.stage}{after}\n{render.sbatch_text(job)}")
+            print(f"# ===== {job.stage}{after}\n{render.sbatch_text(submit.with_revision(job))}")
         print(f"# ----- every srun of {job.stage}\n" + "\n".join(render.srun_lines(job)) + "\n")
     return 0
 

@@ -276,6 +276,7 @@ def serial_job(stage: str, run: Run, cluster: Cluster, after: str | None, row: R
         assert run.vocab_file is not None
         program = [cluster.python, "-u", "convert_checkpoint.py", "to_huggingface", "--checkpoint", run.folder]
         program += ["--vocab_file", run.vocab_file, "--output_dir", f"{run.folder}/huggingface"]
+    cpus = None if cluster.exclusive else cpus  # a whole node has them all, however many the platform says
     step = Step(stage, tuple(program), 1, 1, cpus_per_task=cpus)
     data = [path for path in (run.workdir,) if path is not None] if stage == "prepare" else []
     return Job(

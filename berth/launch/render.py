@@ -102,8 +102,7 @@ def srun(step: Step, job: Job) -> tuple[str, ...]:
     """The words of one srun.
 
     ``--kill-on-bad-exit``: a dead rank ends its step at once instead of leaving the others in a collective. ``--cpu-bind=none``: the ranks bind
-    themselves. A named container is unpacked once a job and node, not once a step; the name holds the job's number because some sites
-    keep names across jobs.
+    themselves. A named container is unpacked once an attempt and node, not once a step; run.sub makes the name.
     """
     words = [
         "srun", f"--job-name={step.name}", f"--nodes={step.nodes}", f"--ntasks={step.ranks}", f"--ntasks-per-node={step.ranks_per_node}",
@@ -129,9 +128,9 @@ def container_options(job: Job) -> list[str]:
     passed = [*PASSED, *sorted(job.cluster.environment)]
     return [
         f"--container-image={job.image}",
-        Raw('"--container-name=berth_${SLURM_JOB_ID}"'),
+        Raw('"--container-name=$BERTH_CONTAINER"'),
         f"--container-mounts={','.join(job.mounts)}",
-        f"--container-workdir={container.workdir or ROOT}",
+        f"--container-workdir={ROOT}",
         f"--container-env={','.join(passed)}",
         "--container-mount-home" if container.mount_home else "--no-container-mount-home",
         *(["--container-writable"] if container.writable else []),

@@ -79,17 +79,17 @@ def submit(plan: Plan, backend: str = "sbatch", *, after: str | None = None, aft
     (folder / "slurm").mkdir(parents=True, exist_ok=True)
     send = {"sbatch": _sbatch, "submitit": _submitit, "local": _local}[backend]
     done: list[SubmittedJob] = []
+    earlier = _submissions(folder)
     try:
         for job in jobs:
             done.append(send(job, render.sbatch_options(after, after_kind)))
             after, after_kind = done[-1].job_id, "afterok"
-        submission = Submission(folder, backend, tuple(done), skipped)
-        _remember(submission)
+            _remember(Submission(folder, backend, tuple(done), skipped), earlier)  # at once: what is in the queue must be known
     except BaseException:
         if done and backend != "local":
             attempt(["scancel", *(job.job_id for job in reversed(done))])
         raise
-    return submission
+    return Submission(folder, backend, tuple(done), skipped)
 
 
 def complete(job: Job) -> bool:
@@ -207,13 +207,13 @@ def progress(folder: Path) -> tuple[str | None, float | None]:
 # ------------------------------------------------------------------------------------------------------------- afterwards
 
 
-def _remember(submission: Submission) -> None:
-    """Add to ``submission.json``."""
+def _remember(submission: Submission, earlier: Sequence[dict[str, Any]]) -> None:
+    """Write ``submission.json``: the ``earlier`` ones and this."""
     path = submission.folder / "slurm" / SUBMISSION
     jobs = [{"stage": job.stage, "name": job.name, "job_id": job.job_id, "script": job.script} for job in submission.jobs]
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     entry = {"time": now, "backend": submission.backend, "jobs": jobs, "skipped": list(submission.skipped)}
-    write_json(path, {"submissions": [*_submissions(submission.folder), entry]})
+    write_json(path, {"submissions": [*earlier, entry]})
 
 
 def _submissions(folder: Path) -> list[dict[str, Any]]:

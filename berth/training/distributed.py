@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from berth.errors import LaunchError
+from berth.errors import JoinError, LaunchError
 
 # family -> (rank, world size, local rank)
 _FAMILIES: dict[str, tuple[str, str, str]] = {
@@ -114,7 +114,7 @@ class Communicator:
                 device_id=device if self.backend == "nccl" else None,
             )
         except (RuntimeError, ValueError) as error:
-            raise LaunchError(
+            raise JoinError(
                 f"rank {place.rank} on {socket.gethostname()} could not join the group of {place.world_size} ranks: {error}"
             ) from error
 

@@ -38,10 +38,10 @@ def test_the_chain() -> None:
         (job.stage, job.name, job.nodes, job.ranks_per_node, job.gpus_per_node, job.cpus_per_task, job.walltime_s, job.after)
         for job in chain.jobs
     ] == [
-        ("prepare", "berth-prepare", 1, 1, 0, 128, 28800, None),
+        ("prepare", "berth-prepare", 1, 1, 0, None, 28800, None),
         ("phase1", "dgx-a100-80g_4x8x256x8", 4, 8, 8, 16, 9000, "prepare"),
         ("phase2", "dgx-a100-80g_4x8x32x32", 4, 8, 8, 16, 28800, "phase1"),
-        ("export", "berth-export", 1, 1, 0, 128, 28800, "phase2"),
+        ("export", "berth-export", 1, 1, 0, None, 28800, "phase2"),
     ]
     assert [job.makes for job in chain.jobs] == [("/w",), (), (), ()]  # before Pyxis is to mount it
     assert {job.folder for job in chain.jobs} == {"/r/run"} and {job.state for job in chain.jobs} == {"/r/run/slurm"}
@@ -65,12 +65,14 @@ def test_a_chain_without_a_limit_of_time() -> None:
 def test_programs_of_the_serial_jobs() -> None:
     prepare, export = make_plan(WHOLE, BARE, ROWS, ["prepare", "export"]).jobs
     words = ("python3", "-u", "-m", "data.prepare", "--config", "/p/wikipedia.yaml", "--workdir", "/w", "--processes", "128")
-    assert prepare.steps == (Step("prepare", words, 1, 1, cpus_per_task=128),)
+    assert prepare.steps == (Step("prepare", words, 1, 1),)  # of a whole node all CPUs are there
     words = (
         "python3", "-u", "convert_checkpoint.py", "to_huggingface", "--checkpoint", "/r/run", "--vocab_file", "/m/vocab.txt",
         "--output_dir", "/r/run/huggingface",
     )  # fmt: skip
-    assert export.steps == (Step("export", words, 1, 1, cpus_per_task=128),)
+    assert export.steps == (Step("export", words, 1, 1),)
+    (shared,) = make_plan(WHOLE, dataclasses.replace(BARE, exclusive=False), ROWS, ["prepare"]).jobs
+    assert shared.cpus_per_task == shared.steps[0].cpus_per_task == 128
     (prepare,) = make_plan(WHOLE, BARE, {}, ["prepare"]).jobs  # on a machine the matrix does not know
     assert prepare.steps[0].program[-2:] == ("--workdir", "/w") and prepare.cpus_per_task is None
 

@@ -313,7 +313,12 @@ def run_block(folder: Path, block: str, after: str) -> list[tuple[list[str], dic
     notes = folder / "notes"
     notes.unlink(missing_ok=True)
     variables = {"PATH": f"{stand_in(folder / 'bin')}:{os.environ['PATH']}", "NOTES": str(notes), "SLURM_JOB_ID": "77", "HOME": "/nowhere"}
-    variables |= {"BERTH_RECORD": "/a b/run.json", "BERTH_JOB": "/a b/job.json", "BERTH_PREFLIGHT": "/a b/pre"}
+    variables |= {
+        "BERTH_RECORD": "/a b/run.json",
+        "BERTH_JOB": "/a b/job.json",
+        "BERTH_PREFLIGHT": "/a b/pre",
+        "BERTH_CONTAINER": "berth_77_0",
+    }
     done = subprocess.run(["bash", "-u", "-c", block + after], env=variables, cwd=folder, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     return [(words, environment) for words, environment in map(json.loads, notes.read_text().splitlines())] if notes.exists() else []
@@ -325,7 +330,7 @@ def expanded(words: Sequence[str]) -> list[str]:
         '"$BERTH_RECORD"': "/a b/run.json",
         '"$BERTH_JOB"': "/a b/job.json",
         '"$BERTH_PREFLIGHT"': "/a b/pre",
-        '"--container-name=berth_${SLURM_JOB_ID}"': "--container-name=berth_77",
+        '"--container-name=$BERTH_CONTAINER"': "--container-name=berth_77_0",
     }
     return [values[each] if isinstance(each, plan.Raw) else each for each in words]
 
@@ -334,7 +339,7 @@ STEPS = 'for step in "${BERTH_STEPS[@]}"; do ( "berth_step_$step" ); done\n'
 
 
 def hostile(value: str, container: bool) -> Job:
-    image = Container(f"/i{value}/x.sqsh", workdir=f"/w{value}", mount_home=True, writable=True, remap_root=True)
+    image = Container(f"/i{value}/x.sqsh", mount_home=True, writable=True, remap_root=True)
     # nothing with a comma, colon or line break can be mounted
     return script(
         Cluster(
@@ -426,7 +431,7 @@ def test_words_of_srun_with_a_container(monkeypatch: pytest.MonkeyPatch) -> None
     words = srun(dataclasses.replace(job.steps[0], program=("true",)), dataclasses.replace(job, mounts=("/r:/r", "/d:/d:ro")))
     assert list(words) == [
         "srun", "--job-name=train", "--nodes=4", "--ntasks=32", "--ntasks-per-node=8", "--kill-on-bad-exit=1", "--mpi=pmix",
-        "--cpus-per-task=4", "--cpu-bind=none", "--label", "--container-image=img", '"--container-name=berth_${SLURM_JOB_ID}"',
+        "--cpus-per-task=4", "--cpu-bind=none", "--label", "--container-image=img", '"--container-name=$BERTH_CONTAINER"',
         "--container-mounts=/r:/r,/d:/d:ro", f"--container-workdir={HOME}",
         "--container-env=MASTER_ADDR,MASTER_PORT,BERTH_RECORD,BERTH_JOB,BERTH_PREFLIGHT,BERTH_FAILURES,BERTH_IMAGE_SHA256,BERTH_NODES,PYTHONUNBUFFERED,B,Z",
         "--no-container-mount-home", "--container-writable", "--container-remap-root", "--overlap", "true",

@@ -248,7 +248,7 @@ def test_what_a_step_is_given(slurm):
         f"--chdir={ROOT}", "python", "run_pretraining.py", HOSTILE,
     ]  # fmt: skip
     assert call["env"] == {
-        "BERTH_NODES": "n1 n2 ", "BERTH_RECORD": f"{state}.run.json", "BERTH_JOB": f"{state}.job.json", "BERTH_PREFLIGHT": f"{state}.preflight.0",
+        "BERTH_NODES": "n1 n2 ", "BERTH_CONTAINER": "berth_7_0", "BERTH_RECORD": f"{state}.run.json", "BERTH_JOB": f"{state}.job.json", "BERTH_PREFLIGHT": f"{state}.preflight.0",
         "BERTH_FAILURES": f"{state}.failures.0", "BERTH_IMAGE_SHA256": "", "MASTER_ADDR": "n1", "MASTER_PORT": "20049", "NCCL_X": HOSTILE,
     }  # fmt: skip
     assert call["cwd"] == str(ROOT)
@@ -430,6 +430,17 @@ def test_the_image_digest_is_handed_on(slurm):
     assert slurm.attempt(srun=[{"imports": "abc123"}])[0] == 0
     assert slurm.attempt(1)[0] == 0  # it lies there already
     assert [call["env"]["BERTH_IMAGE_SHA256"] for call in slurm.calls("srun")] == ["", "abc123", "abc123", "abc123"]
+
+
+def test_containers_are_not_left_on_the_nodes(slurm):
+    slurm.with_job(container=Container("registry#image"))
+    slurm.job = dataclasses.replace(slurm.job, image="registry#image")
+    shutil.copy(slurm.bin / "squeue", slurm.bin / "enroot")  # the host has Enroot
+    slurm.attempt(srun=[{"exit": 137}])
+    slurm.attempt(1)
+    tidied = [call["argv"] for call in slurm.calls("srun") if "enroot" in call["argv"]]
+    assert [words[-4:] for words in tidied] == [["enroot", "remove", "--force", f"pyxis_berth_7_{restart}"] for restart in (0, 1)]
+    assert tidied[0][1:4] == ["--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
 
 
 @pytest.mark.parametrize(("code", "name", "expected"), [(0, None, "done"), (3, None, "crashed"), (138, "SIGTERM", "terminated")])
