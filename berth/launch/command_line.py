@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,21 @@ def validate(arguments: argparse.Namespace) -> int:
     """``validate``."""
     made, rows, matrix = request(arguments)
     check([(made, rows)], matrix, arguments.backend, ask_slurm=not arguments.offline)
+    if not arguments.offline and arguments.backend != "local":
+        refused = refusals(made)
+        if refused:
+            raise ConfigError("refused by sbatch --test-only:\n  " + "\n  ".join(refused))
     return 0
+
+
+def refusals(made: plan.Plan) -> list[str]:
+    """What sbatch itself has against the jobs; nothing where no Slurm answers."""
+    from berth.launch.slurm_limits import SlurmProbe, test_only
+
+    if shutil.which("sbatch") is None or SlurmProbe().sinfo() is None:
+        return []
+    answers = {job.stage: test_only(render.sbatch_text(job)) for job in made.jobs}
+    return [f"{stage}: {answer}" for stage, answer in answers.items() if answer is not None]
 
 
 def check(

@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
         epilog="The global batch is train_batch_size x number of processes; one forward pass takes train_batch_size / "
-        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 130 after Ctrl-C, 143 "
+        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 75 when the ranks did not find each other, 130 after Ctrl-C, 143 "
         "after SIGTERM and 138 after SIGUSR1, each with a checkpoint saved (torchrun itself exits with 1 then).",
     )
     _add_data(parser.add_argument_group("data and model"))

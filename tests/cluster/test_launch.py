@@ -187,6 +187,7 @@ def test_the_whole_chain_in_a_container(gpu_cluster, container_image, work, tmp_
     request = ("--cluster", profile, "--row", PHASE1, "--row_phase2", PHASE2, "--prepare", tmp_path / "prepare.yaml", "--name", "chain")
     folder = tmp_path / "results" / "chain"
     if backend == "sbatch":
+        launch(gpu_cluster, "validate", *request)
         jobs = submitted(launch(gpu_cluster, "submit", *request).stdout)
         assert list(jobs) == ["prepare", "phase1", "phase2", "export"]
         refused = launch(gpu_cluster, "submit", *request, expect=2)

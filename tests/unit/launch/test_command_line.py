@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from berth.errors import ConfigError
-from berth.launch import command_line
+from berth.launch import command_line, slurm_limits
 from berth.launch.matrix import load_matrix
 from berth.launch.parser import build_parser
 from tests.support import ROOT, environment, make_project, write_records
@@ -377,3 +377,24 @@ def test_table():
     rows = [{"a": "x", "n": 5}, {"a": "long", "n": ""}]
     assert command_line.table(rows, ("a", "n")) == "a     n\n----  -\nx     5\nlong"
     assert command_line.table([], ("a",)) == "a\n-"
+
+
+def test_validation_asks_sbatch_itself_where_slurm_answers(monkeypatch, capsys):
+    asked = []
+    answers = {"phase1": None, "phase2": "sbatch: error: invalid account"}
+
+    def refuse(text):
+        stage = re.search(r"^BERTH_STAGE=(\w+)$", text, re.MULTILINE)[1]
+        asked.append(stage)
+        return answers[stage]
+
+    monkeypatch.setattr(command_line, "check", lambda *words, **more: None)
+    monkeypatch.setattr(command_line.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(slurm_limits.SlurmProbe, "sinfo", lambda self: [])
+    monkeypatch.setattr(slurm_limits, "test_only", refuse)
+    words = ("validate", *LOCAL, "--row", ROW1, "--row_phase2", ROW2)
+    assert mistake(*words) == "refused by sbatch --test-only:\n  phase2: sbatch: error: invalid account"
+    assert asked == ["phase1", "phase2"]
+    assert run(capsys, *words, "--offline") == "" and run(capsys, *words, "--backend", "local") == "" and len(asked) == 2
+    monkeypatch.setattr(slurm_limits.SlurmProbe, "sinfo", lambda self: None)
+    assert run(capsys, *words) == "" and len(asked) == 2
