@@ -9,7 +9,7 @@ variables, wanted    the environment of a job submitted by hand -> the same plan
 positional, arguments, this_machine    scripts/run_pretraining.sh: its words and the GPUs that are here -> the same plan
 validate    everything that can be wrong before submission; by inputs, fitting, preparation, checkpoints, slurm_limits
 render      a job -> the text sbatch reads
-submit, slurm_commands    sbatch, submitit, or processes on this machine; status, cancel
+submission, slurm_commands    sbatch, submitit, or processes on this machine; status, cancel
 measure, report    measured beside published
 parser, choose, command_line    python -m slurm.launch
 rank, binding, preflight, provenance, spawn    what runs inside a task
@@ -42,17 +42,16 @@ from typing import Any
 # name -> module; imported when first asked for, since tasks in a container import this package too, and may lack PyYAML
 _PUBLIC = {
     "load_matrix": "matrix", "load_cluster": "clusters", "Run": "plan", "Plan": "plan", "make_plan": "plan", "describe": "plan",
-    "sbatch_text": "render", "srun_lines": "render", "Submission": "submit", "status": "submit", "cancel": "submit",
+    "sbatch_text": "render", "srun_lines": "render", "Submission": "submission", "submit": "submission", "status": "submission",
+    "cancel": "submission",
 }  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name == "submit":  # the module, which can be called as its function
-        return importlib.import_module(".submit", __name__)
     if name in _PUBLIC:
         return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC, "submit"])
+    return sorted([*globals(), *_PUBLIC])

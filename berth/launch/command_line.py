@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from berth.errors import ConfigError
-from berth.launch import plan, render, submit
+from berth.launch import plan, render, submission
 from berth.launch.choose import request, selected, studied
 from berth.launch.matrix import Matrix, Row, load_matrix
 from berth.launch.parser import build_parser
@@ -35,7 +35,7 @@ def job_of_environment(arguments: argparse.Namespace) -> int:
 
     made = job_plan(os.environ, load_matrix())
     sys.stderr.write(plan.describe(made) + "\n")
-    sys.stdout.write(render.job_block(submit.with_revision(made.jobs[0])))
+    sys.stdout.write(render.job_block(submission.with_revision(made.jobs[0])))
     return 0
 
 
@@ -93,10 +93,10 @@ def show_text(arguments: argparse.Namespace) -> int:
     for job in made.jobs:
         after = f", submitted with --dependency=afterok:<{job.after}> --kill-on-invalid-dep=yes" if job.after else ""
         if arguments.backend == "local":
-            print(f"# ===== {job.stage}\n{render.local_text(submit.with_revision(job))}")
+            print(f"# ===== {job.stage}\n{render.local_text(submission.with_revision(job))}")
             continue
         if not arguments.srun_only:
-            print(f"# ===== {job.stage}{after}\n{render.sbatch_text(submit.with_revision(job))}")
+            print(f"# ===== {job.stage}{after}\n{render.sbatch_text(submission.with_revision(job))}")
         print(f"# ----- every srun of {job.stage}\n" + "\n".join(render.srun_lines(job)) + "\n")
     return 0
 
@@ -154,13 +154,13 @@ def hand_over(arguments: argparse.Namespace) -> int:
     made, rows, matrix = request(arguments)
     check([(made, rows)], matrix, arguments.backend, tolerate=arguments.no_validate)
     print(plan.describe(made), flush=True)
-    submission = submit.submit(made, arguments.backend)
-    for stage in submission.skipped:
+    handed = submission.submit(made, arguments.backend)
+    for stage in handed.skipped:
         print(f"{stage}: complete already, not submitted")
-    for job in submission.jobs:
+    for job in handed.jobs:
         print(f"{job.stage}: job {job.job_id}" if job.job_id != "local" else f"{job.stage}: done")
-    if submission.backend != "local":
-        print(f"status: python -m slurm.launch status {render.word(str(submission.folder))}")
+    if handed.backend != "local":
+        print(f"status: python -m slurm.launch status {render.word(str(handed.folder))}")
     return 0
 
 
@@ -175,10 +175,10 @@ def run_study(arguments: argparse.Namespace) -> int:
     check(plans, matrix, arguments.backend, tolerate=arguments.no_validate)
     after = None
     for made, _ in plans:
-        submission = submit.submit(made, arguments.backend, after=after, after_kind="afterany")
-        if submission.jobs and not arguments.parallel and arguments.backend != "local":
-            after = submission.jobs[-1].job_id
-        print(f"{made.run.name}: {', '.join(job.job_id for job in submission.jobs)}", flush=True)
+        handed = submission.submit(made, arguments.backend, after=after, after_kind="afterany")
+        if handed.jobs and not arguments.parallel and arguments.backend != "local":
+            after = handed.jobs[-1].job_id
+        print(f"{made.run.name}: {', '.join(job.job_id for job in handed.jobs)}", flush=True)
     print(f"report: python -m slurm.launch report {render.word(plans[0][0].run.results)}")
     return 0
 
@@ -189,17 +189,17 @@ def run_study(arguments: argparse.Namespace) -> int:
 def show_status(arguments: argparse.Namespace) -> int:
     """``status``."""
     folder = Path(arguments.folder)
-    found = submit.status(folder)
+    found = submission.status(folder)
     columns = ("stage", "job_id", "state", "reason", "elapsed", "nodes")
     print(table([{name: getattr(one, name) for name in columns} for one in found], columns))
-    newest, loss = submit.progress(folder)
+    newest, loss = submission.progress(folder)
     print(f"newest checkpoint: {newest or 'none yet'}" + ("" if loss is None else f", last loss {loss:.4f}"))
     return 0
 
 
 def cancel(arguments: argparse.Namespace) -> int:
     """``cancel``."""
-    gone = submit.cancel(Path(arguments.folder))
+    gone = submission.cancel(Path(arguments.folder))
     print(f"cancelled: {', '.join(gone)}" if gone else "nothing is left in the queue")
     return 0
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from berth.errors import ConfigError
-from berth.launch import submit
+from berth.launch import submission
 from berth.launch.variables import help_text
 
 PHASES = {"1": ("phase1",), "2": ("phase2",), "all": ("phase1", "phase2")}
@@ -128,7 +128,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
 
 def _add_backend(parser: argparse.ArgumentParser) -> None:
     text = "default: sbatch; local = processes of this machine, now"
-    parser.add_argument("--backend", choices=submit.BACKENDS, default="sbatch", help=text)
+    parser.add_argument("--backend", choices=submission.BACKENDS, default="sbatch", help=text)
 
 
 def _add_tolerance(parser: argparse.ArgumentParser) -> None:

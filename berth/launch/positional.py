@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from berth.errors import ConfigError, run_main
-from berth.launch import checkpoints, plan, render, submit
+from berth.launch import checkpoints, plan, render, submission
 from berth.launch.arguments import ARGUMENTS, RUN_FOLDER, help_text, read_words
 from berth.launch.clusters import ROOT, load_cluster
 from berth.launch.inputs import defaults
@@ -246,7 +246,7 @@ def copied_to(log: Path) -> Iterator[None]:
 def run_phases(chain: Chain) -> int:
     """Run what is not complete yet, phase after phase; the exit code of the last that ran."""
     for job in chain.plan.jobs:
-        if submit.complete(job):
+        if submission.complete(job):
             print(f"{job.stage} is complete already", flush=True)
             continue
         begin, now = chain.logs.get(job.stage), datetime.datetime.now()
@@ -254,7 +254,7 @@ def run_phases(chain: Chain) -> int:
         if log is not None:
             print(f"Logs written to {log}", flush=True)
         with contextlib.nullcontext() if log is None else copied_to(Path(log)):
-            code = submit.run_local(job)
+            code = submission.run_local(job)
         if code:
             how = f"{job.stage} {'stopped' if code > 128 else 'failed'} with exit code {code}"
             print(f"{how}; the same command with resume_training true goes on", file=sys.stderr, flush=True)

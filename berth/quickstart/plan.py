@@ -15,7 +15,7 @@ from berth.launch.clusters import load_cluster
 from berth.launch.matrix import load_matrix
 from berth.launch.plan import Job, Run, make_plan
 from berth.launch.rows import Row
-from berth.launch.submit import run_local
+from berth.launch.submission import run_local
 from berth.quickstart.stages import Stage
 from berth.records import records_folder_name
 from berth.text.lines import text_files

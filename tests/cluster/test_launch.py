@@ -201,10 +201,10 @@ def test_the_whole_chain_in_a_container(gpu_cluster, container_image, work, tmp_
             gpu_cluster.run("scancel", job)
     else:
         program = (
-            "import sys; from berth.launch import command_line, submit\n"
+            "import sys; from berth.launch import command_line, submission\n"
             "arguments = command_line.build_parser().parse_args(sys.argv[1:])\n"
             "made, _, _ = command_line.request(arguments)\n"
-            "jobs = submit.submit(made, 'submitit').jobs\n"
+            "jobs = submission.submit(made, 'submitit').jobs\n"
             "print([job.handle.result() for job in jobs][2])\n"
             "print(jobs[1].handle.state, jobs[1].handle.done(), 'ended with 0' in jobs[1].handle.stdout())\n"
         )

@@ -15,7 +15,6 @@ import os
 import shlex
 import shutil
 import sys
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -261,12 +260,3 @@ def cancel(folder: Path) -> list[str]:
     if live:
         command(["scancel", *live])
     return live
-
-
-class _Callable(types.ModuleType):
-    """Lets ``berth.launch.submit(plan)`` be the function, though the package's attribute of that name is this module."""
-
-    __call__ = staticmethod(submit)
-
-
-sys.modules[__name__].__class__ = _Callable

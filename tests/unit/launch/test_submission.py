@@ -16,7 +16,7 @@ import yaml
 
 from berth import launch
 from berth.errors import ConfigError, LaunchError
-from berth.launch import submit
+from berth.launch import submission
 from berth.launch.clusters import load_cluster
 from berth.launch.matrix import load_matrix
 from berth.launch.plan import Run, make_plan
@@ -96,7 +96,7 @@ def finish(plan, *entries):
 
 
 def test_a_chain_through_sbatch(slurm, chain):
-    made = submit.submit(chain)
+    made = submission.submit(chain)
     state = f"{chain.run.folder}/slurm"
     assert slurm.calls("sbatch", "scancel") == [
         ["sbatch", "--parsable", f"{state}/phase1.sbatch"],
@@ -108,64 +108,64 @@ def test_a_chain_through_sbatch(slurm, chain):
     ]  # fmt: skip
     assert (made.folder, made.backend, made.skipped) == (Path(chain.run.folder), "sbatch", ())
     for job, sent in zip(chain.jobs, made.jobs, strict=True):
-        assert Path(sent.script).read_text() == sbatch_text(submit.with_revision(job))
+        assert Path(sent.script).read_text() == sbatch_text(submission.with_revision(job))
 
 
 def test_the_first_job_can_wait_for_another(slurm, chain):
-    submit.submit(chain, after="5", after_kind="afterany")
+    submission.submit(chain, after="5", after_kind="afterany")
     assert [call[2] for call in slurm.calls("sbatch")] == ["--dependency=afterany:5", "--dependency=afterok:7", "--dependency=afterok:8"]
 
 
 def test_a_refused_job_takes_the_earlier_ones_with_it(slurm, chain):
     slurm.play(refused=9, scancel=1)  # that scancel fails too must not hide why
     with pytest.raises(LaunchError) as error:
-        submit.submit(chain)
+        submission.submit(chain)
     assert str(error.value).startswith("sbatch --parsable --dependency=afterok:8 --kill-on-invalid-dep=yes ")
     assert str(error.value).endswith(": sbatch: error: Batch job submission failed: Invalid account")
     assert slurm.calls("scancel") == [["scancel", "8", "7"]]
     assert [job["job_id"] for job in history(chain)[0]["jobs"]] == ["7", "8"]  # known to status, whatever became of them
     slurm.play()
-    submit.submit(chain)  # nothing is left in the way
+    submission.submit(chain)  # nothing is left in the way
     assert [job["job_id"] for job in history(chain)[1]["jobs"]] == ["10", "11", "12"]
 
 
 def test_jobs_still_in_the_queue_are_in_the_way(slurm, chain):
-    submit.submit(chain)
+    submission.submit(chain)
     slurm.play(squeue={"7": "COMPLETED|None|1:00|n1", "8": "RUNNING|None|0:10|n[1-2]", "9": "PENDING|Dependency|0:00|"})
-    for backend in submit.BACKENDS:
+    for backend in submission.BACKENDS:
         with pytest.raises(ConfigError) as error:
-            submit.submit(chain, backend)
+            submission.submit(chain, backend)
         assert str(error.value) == (
             f"jobs of the run {chain.run.folder} are still in the queue (phase2 8, export 9); cancel them first, or wait"
         )
     assert len(slurm.calls("sbatch")) == 3
-    assert submit.cancel(Path(chain.run.folder)) == ["9", "8"]
+    assert submission.cancel(Path(chain.run.folder)) == ["9", "8"]
     assert slurm.calls("scancel") == [["scancel", "9", "8"]]
 
 
 def test_complete_phases_are_not_submitted_again(slurm, chain):
     finish(chain, ("ckpt_12.pt", 1, 12, True), ("ckpt_14.pt", 2, 2, False))
-    made = submit.submit(chain)
+    made = submission.submit(chain)
     assert made.skipped == ("phase1",)
     assert [Path(call[-1]).name for call in slurm.calls("sbatch")] == ["phase2.sbatch", "export.sbatch"]
     assert slurm.calls("sbatch")[0][2:-1] == []  # it waits for nothing
     finish(chain, ("ckpt_12.pt", 1, 12, True), ("ckpt_18.pt", 2, 6, True))
-    made = submit.submit(chain)
+    made = submission.submit(chain)
     assert made.skipped == ("phase1", "phase2") and [job.stage for job in made.jobs] == ["export"]
 
 
 @pytest.mark.parametrize("entry", [("a", 1, 11, True), ("a", 1, 12, False), ("a", 2, 12, True)])
 def test_what_is_not_the_end_of_a_phase(slurm, chain, entry):
     finish(chain, entry)
-    assert not submit.complete(chain.jobs[0])
+    assert not submission.complete(chain.jobs[0])
     for text in ("", "[]", "{}", '{"checkpoints": [1]}'):
         (Path(chain.run.folder) / "manifest.json").write_text(text)
-        assert not submit.complete(chain.jobs[0])
+        assert not submission.complete(chain.jobs[0])
 
 
 def test_history(slurm, chain, tmp_path):
-    submit.submit(chain)
-    submit.submit(chain)
+    submission.submit(chain)
+    submission.submit(chain)
     first, second = history(chain)
     state = f"{chain.run.folder}/slurm"
     assert first.pop("time") <= second.pop("time")
@@ -179,23 +179,23 @@ def test_history(slurm, chain, tmp_path):
     assert [job["job_id"] for job in second["jobs"]] == ["10", "11", "12"]
     (Path(state) / "submission.json").write_text("{}")
     with pytest.raises(LaunchError, match="submission.json cannot be read .* move it away"):
-        submit.submit(chain)
+        submission.submit(chain)
 
 
 def test_status_asks_the_queue_then_the_accounting(slurm, chain):
-    submit.submit(chain)
+    submission.submit(chain)
     slurm.play(
         squeue={"8": "PENDING|Dependency|0:00|"},
         sacct={"7": "CANCELLED by 1000|0:15|00:10:00|n[1-2]\n"},
     )
-    rows = [(one.stage, one.job_id, one.state, one.reason, one.elapsed, one.nodes) for one in submit.status(Path(chain.run.folder))]
+    rows = [(one.stage, one.job_id, one.state, one.reason, one.elapsed, one.nodes) for one in submission.status(Path(chain.run.folder))]
     assert rows == [
         ("phase1", "7", "CANCELLED", "exit 0:15", "00:10:00", "n[1-2]"), ("phase2", "8", "PENDING", "Dependency", "0:00", ""),
         ("export", "9", "UNKNOWN", "", "", ""),
     ]  # fmt: skip
     with pytest.raises(LaunchError, match=r"holds no submission to Slurm \(slurm/submission.json\); give the folder of a run"):
-        submit.status(Path(chain.run.results))
-    assert submit.cancel(Path(chain.run.results)) == []
+        submission.status(Path(chain.run.results))
+    assert submission.cancel(Path(chain.run.results)) == []
 
 
 @pytest.mark.parametrize("backend", ["sbatch", "submitit"])
@@ -207,7 +207,7 @@ def test_from_inside_another_job(slurm, chain, monkeypatch, backend):
         monkeypatch.delenv(name)
     for name, value in (kept | other).items():
         monkeypatch.setenv(name, value)
-    submit.submit(chain, backend)
+    submission.submit(chain, backend)
     assert json.loads((slurm.folder / "inherited.json").read_text()) == kept
     assert {name: os.environ[name] for name in other} == other
 
@@ -216,9 +216,9 @@ def test_without_slurm(chain, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     for backend in ("sbatch", "submitit"):
         with pytest.raises(LaunchError, match="is not on this machine: submit from a login node, or use --backend local"):
-            submit.submit(chain, backend)
+            submission.submit(chain, backend)
     with pytest.raises(ConfigError, match="backend 'pbs' is not one of sbatch, submitit, local"):
-        submit.submit(chain, "pbs")
+        submission.submit(chain, "pbs")
 
 
 # --------------------------------------------------------------------------------------------------------------- submitit
@@ -227,7 +227,7 @@ def test_without_slurm(chain, monkeypatch, tmp_path):
 @pytest.fixture
 def through_submitit(slurm, chain):
     pytest.importorskip("submitit")
-    return submit.submit(chain, "submitit")
+    return submission.submit(chain, "submitit")
 
 
 def report(sent, **variables):
@@ -252,7 +252,7 @@ def test_submitit_hands_out_jobs(slurm, chain, through_submitit):
     sent, job = through_submitit.jobs[0], chain.jobs[0]
     assert sent.script == str(folder / "7_submission.sh")
     assert Path(sent.script).read_text() == sbatch_text(
-        submit.with_revision(job), log=f"{folder}/%j_0_log.out",
+        submission.with_revision(job), log=f"{folder}/%j_0_log.out",
         epilogue=["env", "SUBMITIT_EXECUTOR=slurm", sys.executable, "-u", "-m", "submitit.core._submit", str(folder)],
     )  # fmt: skip
     assert str(sent.handle.paths.stdout) == f"{folder}/7_0_log.out"
@@ -271,7 +271,7 @@ def test_submitit_gives_the_result(chain, through_submitit):
     assert sent.handle.result() == {
         "stage": "phase1", "folder": chain.run.folder, "exit_code": 0, "checkpoint": "ckpt_12.pt", "final_loss": 7.25,
     }  # fmt: skip
-    assert submit.progress(Path(chain.run.folder)) == ("ckpt_12.pt", 7.25)
+    assert submission.progress(Path(chain.run.folder)) == ("ckpt_12.pt", 7.25)
 
 
 def test_submitit_tells_of_a_failure(chain, through_submitit):
@@ -295,14 +295,14 @@ def test_submitit_refused(slurm, chain, plays, said):
     pytest.importorskip("submitit")
     slurm.play(**plays)
     with pytest.raises(LaunchError) as error:
-        submit.submit(chain, "submitit")
+        submission.submit(chain, "submitit")
     assert str(error.value).startswith("sbatch through submitit: ") and said in str(error.value) and "\n" not in str(error.value)
     assert slurm.calls("scancel") == ([["scancel", "7"]] if "refused" in plays else [])
 
 
 def test_outcome_without_a_job(monkeypatch, tmp_path):
     monkeypatch.delenv("BERTH_EXIT_CODE", raising=False)
-    assert submit.outcome("prepare", str(tmp_path)) == {
+    assert submission.outcome("prepare", str(tmp_path)) == {
         "stage": "prepare", "folder": str(tmp_path), "exit_code": 0, "checkpoint": None, "final_loss": None,
     }  # fmt: skip
 
