@@ -24,7 +24,7 @@ from tests.cluster.localslurm import LocalSlurm
 from tests.support import ROOT
 
 PHASE1, PHASE2 = "local_2x2x2x2_fp32_tiny-p1", "local_2x2x2x2_fp32_tiny-p2"
-STEPS = 500  # of the long run
+STEPS = 500  # of the long run, which ends; an endless one is cancelled
 # every attempt takes the CPU of four processes that import torch
 QUICK = {"OMP_NUM_THREADS": "1"}
 TINY_MODEL = {
@@ -231,24 +231,37 @@ def long_run(work: Path, data: Path) -> Callable[..., tuple[list[object], Path]]
         yaml.safe_dump(
             {
                 "recipes": {
-                    "long": {
+                    name: {
                         "based_on": "tiny", "title": "long enough to be interrupted", "source": "this test",
-                        "phases": {1: {"max_steps": STEPS, "num_steps_per_checkpoint": 10}},
+                        "phases": {1: {"max_steps": steps, "num_steps_per_checkpoint": 10}},
                     }
+                    for name, steps in (("long", STEPS), ("endless", 100_000))
                 },
                 "rows": [
                     {
-                        "source": "this test", "recipe": "long",
+                        "source": "this test", "recipe": name,
                         "rows": [{"platform": "local", "nodes": 2, "phase": 1, "precision": "fp32", "micro_batch": 2, "ranks_per_node": 2}],
                     }
+                    for name in ("long", "endless")
                 ],
             }
         )
     )  # fmt: skip
 
-    def make(name: str, **profile: object) -> tuple[list[object], Path]:
+    def make(name: str, recipe: str = "long", **profile: object) -> tuple[list[object], Path]:
         path = write_profile(work, data, f"profile {name}", **profile)
-        words = ["--cluster", path, "--matrix", work / "long.yml", "--row", "local_2x2x2x2_fp32_long-p1", "--phase", "1", "--name", name]
+        words = [
+            "--cluster",
+            path,
+            "--matrix",
+            work / "long.yml",
+            "--row",
+            f"local_2x2x2x2_fp32_{recipe}-p1",
+            "--phase",
+            "1",
+            "--name",
+            name,
+        ]
         return words, work / "results" / name
 
     return make
@@ -325,7 +338,7 @@ def test_two_preemptions_and_the_same_weights(gpu_cluster, long_run, uninterrupt
 
 
 def test_everything_else_that_can_happen_to_a_job(gpu_cluster, long_run, uninterrupted):
-    """Requeue by an administrator, a killed rank, a dead node, a time limit; the same job, the same bits at its end."""
+    """Requeue by an administrator, a killed rank, a dead node, a warning; the same job, the same bits at its end."""
     victim = Victim(gpu_cluster, *long_run("unlucky", crash_limit=10))
     cluster, job = gpu_cluster, victim.job
 
@@ -348,9 +361,8 @@ def test_everything_else_that_can_happen_to_a_job(gpu_cluster, long_run, uninter
     cluster.node_up(down)
 
     victim.trains_on()
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=1")  # the warning, 60 s ahead, comes with the next look at the clock
-    wait_for(lambda: cluster.requeues(job) >= 4, "the warning of the time limit", 90)
-    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=UNLIMITED")
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    victim.is_back(4)
 
     wait_done(cluster, job, victim.folder)
     assert same_bits(weights(victim.folder / f"ckpt_{STEPS}.pt"), uninterrupted)
@@ -361,8 +373,28 @@ def test_everything_else_that_can_happen_to_a_job(gpu_cluster, long_run, uninter
     assert said.count("attempt 1,") == 1 and "attempt 5," in said  # one log, appended
 
 
+def test_a_time_limit(gpu_cluster, long_run):
+    """Slurm warns before the limit; the job saves, is queued again under its number, and goes on."""
+    words, folder = long_run("limited", "endless")
+    victim = Victim(gpu_cluster, words, folder)
+    victim.trains_on()
+    # the warning, 60 s ahead, comes with Slurm's next look at the clock
+    gpu_cluster.run("scontrol", "update", f"JobId={victim.job}", "TimeLimit=1")
+    wait_for(lambda: gpu_cluster.requeues(victim.job) == 1, "the warning of the time limit", 90)
+    gpu_cluster.run("scontrol", "update", f"JobId={victim.job}", "TimeLimit=UNLIMITED")
+    victim.is_back(1)
+    victim.trains_on()
+    launch(gpu_cluster, "cancel", folder)
+    gpu_cluster.wait(victim.job)
+    attempts = (folder / "slurm" / f"phase1-{victim.job}.attempts").read_text().splitlines()
+    ended = next(line for line in attempts if " end " in line)
+    assert "outcome=stopped" in ended and "signal=USR1" in ended
+    assert next(line for line in attempts if "restart=1 begin" in line).split()[3] == ended.split()[-1]  # newest=... as it was left
+    assert not {1} & {step for step, data in read_steps(victim.log).items() if data["attempt"] == 2}
+
+
 def test_a_cancelled_job_stays_cancelled(gpu_cluster, long_run):
-    words, folder = long_run("cancelled")
+    words, folder = long_run("cancelled", "endless")
     victim = Victim(gpu_cluster, words, folder)
     victim.trains_on()
     assert victim.job in launch(gpu_cluster, "cancel", folder).stdout
@@ -395,7 +427,7 @@ def test_a_bad_node_is_left_out(gpu_cluster, work, long_run):
         f'exec {sys.executable} "$@"\n'
     )
     fake.chmod(0o755)
-    words, folder = long_run("preflight", preflight=True, min_free_gb=0.01, python=str(fake))
+    words, folder = long_run("preflight", "endless", preflight=True, min_free_gb=0.01, python=str(fake))
     victim = Victim(gpu_cluster, words, folder)
     victim.is_back(1)
     bad = (work / "bad-node").read_text().strip()
@@ -418,15 +450,15 @@ def test_a_failed_phase_takes_the_chain_with_it(gpu_cluster, work, data):
 def test_a_scaling_study(gpu_cluster, work, data):
     """`matrix run`: the selected rows as a chain, without checkpoints, then the report's table."""
     profile = write_profile(work, data, "study")
-    words = ("--cluster", profile, "--select", "platform=local,recipe=tiny", "--nodes", "1..2", "--steps", "5", "--name", "study")
+    words = ("--cluster", profile, "--select", "platform=local,recipe=tiny", "--nodes", "2..3", "--steps", "5", "--name", "study")
     said = launch(gpu_cluster, "matrix", "run", *words).stdout
     jobs = re.findall(r"^local_\S+: (\d+)$", said, re.MULTILINE)
-    assert len(jobs) == 4
+    assert len(jobs) == 2
     for job in jobs:
         assert gpu_cluster.wait(job)[0].state == "COMPLETED", logs(work / "results" / "study")
     assert not list((work / "results" / "study").rglob("ckpt_*.pt"))
     report = launch(gpu_cluster, "report", work / "results" / "study").stdout
-    assert report.count("local_") == 4, report
+    assert report.count("local_") == 2, report
 
 
 # ------------------------------------------------------------------------------------------------ every row, every profile
