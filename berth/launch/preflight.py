@@ -84,7 +84,10 @@ def _first_and_last(folder: str) -> list[str]:
 
 
 def output_problems(folder: str, min_free_gb: float, name: str) -> list[str]:
-    """Whether ``folder`` (made if need be) takes a file, called ``name`` for a moment, and has ``min_free_gb`` (10**9 bytes) left."""
+    """Whether ``folder`` (made if need be) takes a file, called ``name`` for a moment.
+
+    Raises :class:`LaunchError` when less than ``min_free_gb`` (10**9 bytes) are left: the folder is shared, so no node is to blame.
+    """
     probe = Path(folder) / f".preflight.{name}.{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +100,11 @@ def output_problems(folder: str, min_free_gb: float, name: str) -> list[str]:
         free = shutil.disk_usage(folder).free / 1e9
     except OSError as error:
         return [f"output folder {folder} cannot be written: {error.strerror}"]
-    return [f"output folder {folder} has {free:.1f} GB free, --min_free_gb asks for {min_free_gb:g}"] if free < min_free_gb else []
+    if free < min_free_gb:
+        raise LaunchError(
+            f"output folder {folder} has {free:.1f} GB free, min_free_gb of the site profile asks for {min_free_gb:g}; free space or choose another"
+        )
+    return []
 
 
 def collective_problems(place: Place, backend: str, device: str, timeout_s: float, min_gb_s: float | None) -> list[str]:
