@@ -80,6 +80,7 @@ def submit(plan: Plan, backend: str = "sbatch", *, after: str | None = None, aft
     done: list[SubmittedJob] = []
     earlier = _submissions(folder)
     try:
+        _remember(Submission(folder, backend, (), skipped), earlier)
         for job in jobs:
             done.append(send(job, render.sbatch_options(after, after_kind)))
             after, after_kind = done[-1].job_id, "afterok"

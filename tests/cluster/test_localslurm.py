@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import pwd
 import shlex
 import shutil
 import signal
@@ -293,7 +294,7 @@ def test_more_ways_to_enter_a_container(gpu_cluster, in_container):
     assert "/no/image: No such file" in in_container("true", image="/no/image").stderr
     assert "not the path of a folder: nvcr.io#x" in in_container("true", image="nvcr.io#x").stderr
     assert "Read-only file system" in in_container("--container-readonly", "touch", "/x").stderr
-    home = Path("~").expanduser()
+    home = Path(pwd.getpwuid(os.getuid()).pw_dir)
     show = ("sh", "-c", f"id -u; ls -A {home} | wc -l")
     there = len(list(home.iterdir()))
     assert in_container("--container-mount-home", "--container-remap-root", "--container-writable", *show).stdout.split() == [
