@@ -59,15 +59,23 @@ def main() -> int:
             leave_at_once(error)
         raise
     communicator.close()
+    if communicator.world_size > 1:
+        leave(code)
     return code
 
 
 def leave_at_once(error: BerthError | SystemExit) -> None:
-    """End one of several processes with its message and exit code, without gloo's teardown, which aborts when its peers are gone first."""
+    """End one of several processes with its message and exit code."""
     if isinstance(error, BerthError):
         print_error(error)
+    leave(error.exit_code if isinstance(error, BerthError) else int(error.code or 0))
+
+
+def leave(code: int) -> None:
+    """End one of several processes without gloo's teardown, which aborts at times when its peers are gone first."""
     sys.stdout.flush()
-    os._exit(error.exit_code if isinstance(error, BerthError) else int(error.code or 0))
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class Pretraining:

@@ -39,7 +39,7 @@ ACCOUNTING_PLUGIN = "accounting_storage_mysql.so"
 ACCOUNTING_PACKAGES = "slurmdbd slurm-wlm-mysql-plugin mariadb-server"
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 START_SECONDS = 60.0
-UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "SIGNALING", "STOPPED", "RESIZING")
 _PRIVATE = "unshare --mount --uts --pid --fork --kill-child --mount-proc --propagation private"
 # so much of a line of scontrol that a user's name of a job, which may hold anything, is not taken for it
 _JOB = re.compile(
