@@ -12,6 +12,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from berth.launch.plan import option_words
+
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 96
 SEQ_LENGTH = 32
@@ -101,13 +103,7 @@ def pretraining_arguments(project: Path, output: str = "out", **changes: object)
         "device": "cpu",
         **changes,
     }
-    words: list[str] = []
-    for name, value in options.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is not None and value is not False:
-            words += [f"--{name}", str(value)]
-    return words
+    return option_words(options)
 
 
 def launch(project: Path, processes: int, output: str, **changes: object) -> list[subprocess.Popen[str]]:

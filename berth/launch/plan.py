@@ -237,13 +237,18 @@ def training_options(run: Run, row: Row, first: bool) -> tuple[str, ...]:
         "eval_dir": source if run.evaluate else None,
         "skip_checkpoint": run.study,
     }
+    return (*option_words(options), *run.extra)
+
+
+def option_words(options: Mapping[str, object]) -> list[str]:
+    """``--name value`` of every option; ``True`` is a switch, ``None`` and ``False`` are left out."""
     words: list[str] = []
     for name, value in options.items():
         if value is True:
             words.append(f"--{name}")
         elif value is not None and value is not False:
             words += [f"--{name}", str(value)]
-    return (*words, *run.extra)
+    return words
 
 
 def rank_step(name: str, program: Sequence[str], cluster: Cluster, row: Row) -> Step:
