@@ -147,8 +147,7 @@ class Step:
             self.kill_at = monotonic() + GRACE_SECONDS
 
     def _forward(self, number: int) -> None:
-        for child in self.running.values():
-            child.send_signal(number)
+        self._signal_all(number)
         if number == signal.SIGTERM and os.getppid() != self.parent:  # whoever wanted the result is gone
             self.kill_at = self.kill_at or monotonic() + GRACE_SECONDS
 
@@ -163,9 +162,13 @@ class Step:
             if self.kill_at is None:
                 self.codes.append(code)
         if self.kill_at is None and any(self.codes) and self.running:
-            for child in self.running.values():
-                child.terminate()
+            self._signal_all(signal.SIGTERM)
             self.kill_at = monotonic() + GRACE_SECONDS
+
+    def _signal_all(self, number: int) -> None:
+        """Not ``Popen.send_signal``: that reaps a process that has ended, and its exit code with it, before it was noticed."""
+        for child in self.running.values():
+            os.kill(child.pid, number)  # not reaped yet, so the number is still its own
 
     def _pass_on(self, key: selectors.SelectorKey) -> bool:
         """Label what a process wrote; false when there is nothing (yet, or any more)."""

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from berth.launch.spawn import Labeller, exit_code, rank_environment
+from berth.launch.spawn import Labeller, Step, exit_code, rank_environment
 from tests.support import ROOT, environment
 
 # each process says that it is ready by a file named for its rank that holds its number
 READY = "import os, pathlib, signal, sys, time; folder = pathlib.Path(sys.argv[1]); rank = os.environ['RANK']\n"
+READY += "def say(*words): os.write(1, ' '.join([*map(str, words), '']).rstrip().encode() + b'\\n')\n"  # at one go: all share one pipe
 ANNOUNCE = "(folder / f'.{rank}').write_text(str(os.getpid())); (folder / f'.{rank}').rename(folder / rank)\n"
 
 
@@ -130,10 +131,21 @@ def test_who_does_not_listen_is_killed(tmp_path):
     assert ended(numbers[1])
 
 
+@pytest.mark.parametrize("pass_on", [Step._forward, Step._signal_all])
+def test_a_signal_to_one_that_has_just_ended(pass_on):
+    """Its end is noticed after the signal, with its own exit code, however the two fall together."""
+    step = Step(1, [], label=False)
+    step.running[0] = subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"], start_new_session=True)
+    os.waitid(os.P_PID, step.running[0].pid, os.WEXITED | os.WNOWAIT)
+    pass_on(step, signal.SIGUSR1)
+    step._notice_ended()
+    assert (step.codes, step.running) == ([7], {})
+
+
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
 def test_signals_reach_all(tmp_path, name):
     code = READY + f"seen = []\nsignal.signal(signal.{name}, lambda number, _: seen.append(number))\n" + ANNOUNCE
-    code += "while not seen: time.sleep(0.01)\nprint(rank, *seen, flush=True)\n" + together(3) + "sys.exit(128 + seen[0])"
+    code += "while not seen: time.sleep(0.01)\nsay(rank, *seen)\n" + together(3) + "sys.exit(128 + seen[0])"
     step = start(3, code, tmp_path)
     ready(tmp_path, 3)
     number = int(getattr(signal, name))
@@ -144,7 +156,7 @@ def test_signals_reach_all(tmp_path, name):
 
 def test_ctrl_c_in_a_terminal_comes_once(tmp_path):
     code = READY + "seen = []\nsignal.signal(signal.SIGINT, lambda *_: seen.append(1))\n" + ANNOUNCE
-    code += "while not seen: time.sleep(0.02)\ntime.sleep(0.5); print(len(seen), flush=True)\n" + together(2) + "sys.exit(130)"
+    code += "while not seen: time.sleep(0.02)\ntime.sleep(0.5); say(len(seen))\n" + together(2) + "sys.exit(130)"
     step = start(2, code, tmp_path, start_new_session=True)
     ready(tmp_path, 2)
     os.killpg(step.pid, signal.SIGINT)  # as a terminal does
