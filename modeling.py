@@ -170,6 +170,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_rate(value: Any) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
@@ -188,7 +192,7 @@ def _config_problems(values: Mapping[str, Any]) -> list[str]:
     for key in _RATE_KEYS:
         optional = key == "classifier_dropout"
         rule = "a number in [0, 1)" + (" or null" if optional else "")
-        check(key, lambda v, optional=optional: (optional and v is None) or (_is_number(v) and 0 <= v < 1), rule)
+        check(key, (lambda v: v is None or _is_rate(v)) if optional else _is_rate, rule)
     for key in _POSITIVE_KEYS:
         check(key, lambda v: _is_number(v) and 0 < v < math.inf, "a finite number above 0")
     check("hidden_act", lambda v: isinstance(v, str) and v in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
@@ -200,7 +204,7 @@ def _config_problems(values: Mapping[str, Any]) -> list[str]:
         size = values["vocab_size"]
         check("pad_token_id", lambda v: v is None or (_is_int(v) and 0 <= v < size), f"null or an id in [0, {size})")
     for key, allowed in _ONLY_SUPPORTED.items():
-        check(key, lambda v, allowed=allowed: v in allowed, f"{allowed[0]!r}: nothing else is implemented")
+        check(key, allowed.__contains__, f"{allowed[0]!r}: nothing else is implemented")
     return problems + _misspelt(values)
 
 
@@ -669,7 +673,9 @@ class BertMaskedLMBase(BertBase):
         """Flat positions the loss reads, or None for all. ``nonzero`` waits for the device, unlike the argument."""
         if not self.dense_sequence_output or (labels is None and masked_index is None):
             return None
-        return (labels.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1) if masked_index is None else masked_index
+        if masked_index is not None or labels is None:
+            return masked_index
+        return (labels.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
 
     def _mlm_loss(self, logits: Tensor, labels: Tensor | None, rows: Tensor | None, denominator: float | Tensor | None) -> Tensor | None:
         if labels is None:

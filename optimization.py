@@ -226,11 +226,11 @@ class Lamb(torch.optim.Optimizer):
         divisor = self._divisor(all_gradients, grad_scale, grad_norm)
         for group, pairs in work:
             group["step"] += 1
-            rule = _Rule.of(group, self.adam_w_mode, self.use_nvlamb)
+            rule = Rule.of(group, self.adam_w_mode, self.use_nvlamb)
             on_gpu, elsewhere = self._split_by_path(pairs)
             for parameter, gradient in elsewhere:
                 _update_tensor(rule, parameter, gradient, *self._moments(parameter), divisor)
-            for chunk in _chunks(on_gpu):
+            for chunk in chunks(on_gpu):
                 parameters, gradients = [p for p, _ in chunk], [g for _, g in chunk]
                 firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))
                 _update_chunk(rule, parameters, gradients, firsts, seconds, divisor)
@@ -295,6 +295,7 @@ class Lamb(torch.optim.Optimizer):
             restored[parameter] = _restored_moments(name, parameter, moments)
         # torch casts state to the type of the parameter and shares storage with the input; it gets the groups only.
         super().load_state_dict({**state_dict, "state": {}})
+        self.defaults.pop("differentiable", None)  # torch adds it here: a resumed run's groups would have a key more
         for group in self.param_groups:
             group["step"] = int(group.get("step", 0))
             for key, value in self.defaults.items():
@@ -303,7 +304,7 @@ class Lamb(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """The numbers of one group's update at one step."""
 
     lr: float
@@ -318,7 +319,7 @@ class _Rule:
     trust_ratio: bool
 
     @classmethod
-    def of(cls, group: dict[str, Any], adam_w_mode: bool, use_nvlamb: bool) -> _Rule:
+    def of(cls, group: dict[str, Any], adam_w_mode: bool, use_nvlamb: bool) -> Rule:
         beta1, beta2 = group["betas"]
         corrected, step, decay = group["bias_correction"], group["step"], group["weight_decay"]
         return cls(
@@ -335,10 +336,13 @@ class _Rule:
         )
 
 
-def _update_tensor(rule: _Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:
-    """One tensor's update, in place on ``parameter`` and its moments."""
-    weight = parameter.to(first.dtype)  # the parameter itself unless it is half precision
-    scratch = gradient.to(first.dtype) / divisor.to(parameter.device, first.dtype)
+def direction(rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> Tensor:
+    """One tensor's update direction ``u`` (new, of the moments' type); its moments are advanced in place.
+
+    ``weight`` is of the moments' type; ``divisor`` (``[]``) divides the gradient before anything else. The rest of the update is a trust
+    ratio and :func:`apply_updates`: apart, because the norms of a tensor that is spread over processes must be added up in between.
+    """
+    scratch = gradient.to(first.dtype) / divisor.to(weight.device, first.dtype)
     if rule.gradient_decay:
         scratch.add_(weight, alpha=rule.gradient_decay)
     first.mul_(rule.beta1).add_(scratch, alpha=rule.beta3)
@@ -347,25 +351,14 @@ def _update_tensor(rule: _Rule, parameter: Tensor, gradient: Tensor, first: Tens
     update = torch.div(first, scratch, out=scratch).div_(rule.correction1)
     if rule.update_decay:
         update.add_(weight, alpha=rule.update_decay)
-    if rule.trust_ratio:
-        update.mul_(_trust_ratios(_norms([weight]), _norms([update]))[0])
-    weight.add_(update, alpha=-rule.lr)
-    if parameter.dtype != weight.dtype:
-        parameter.copy_(weight)
+    return update
 
 
-def _update_chunk(
-    rule: _Rule,
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    divisor: Tensor,
-) -> None:
-    """The same for a list of tensors of one device and type, in a few batched kernels that do not wait for the GPU."""
+def directions(
+    rule: Rule, weights: list[Tensor], gradients: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], divisor: Tensor
+) -> list[Tensor]:  # fmt: skip
+    """:func:`direction` of a list of tensors of one device and type, in a few batched kernels that do not wait for the GPU."""
     dtype, device = firsts[0].dtype, firsts[0].device
-    half = parameters[0].dtype != dtype
-    weights = [p.to(dtype) for p in parameters] if half else parameters
     scaled = torch._foreach_div([g.to(dtype) for g in gradients], divisor.to(device, dtype))
     if rule.gradient_decay:
         torch._foreach_add_(scaled, weights, alpha=rule.gradient_decay)
@@ -381,20 +374,43 @@ def _update_chunk(
     torch._foreach_div_(updates, rule.correction1)
     if rule.update_decay:
         torch._foreach_add_(updates, weights, alpha=rule.update_decay)
-    if rule.trust_ratio:
-        torch._foreach_mul_(updates, _trust_ratios(_norms(weights), _norms(updates)))
+    return list(updates)
+
+
+def apply_updates(rule: Rule, parameters: list[Tensor], weights: list[Tensor], updates: list[Tensor]) -> None:
+    """Take the step; tensors of one type. ``weights``: the parameters, half-precision ones in the type of ``updates`` (rounded here, once)."""
     torch._foreach_add_(weights, updates, alpha=-rule.lr)
-    if half:
+    if parameters[0].dtype != weights[0].dtype:
         torch._foreach_copy_(parameters, weights)
 
 
-def _trust_ratios(weight_norms: list[Tensor], update_norms: list[Tensor]) -> tuple[Tensor, ...]:
+def _update_tensor(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:
+    """One tensor's update, in place on ``parameter`` and its moments."""
+    weight = parameter.to(first.dtype)  # the parameter itself unless it is half precision
+    update = direction(rule, weight, gradient, first, second, divisor)
+    if rule.trust_ratio:
+        update.mul_(trust_ratios(norms([weight]), norms([update]))[0])
+    apply_updates(rule, [parameter], [weight], [update])
+
+
+def _update_chunk(
+    rule: Rule, parameters: list[Tensor], gradients: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], divisor: Tensor
+) -> None:  # fmt: skip
+    """The same for a list of tensors of one device and type, batched."""
+    weights = [p.to(firsts[0].dtype) for p in parameters]
+    updates = directions(rule, weights, gradients, firsts, seconds, divisor)
+    if rule.trust_ratio:
+        torch._foreach_mul_(updates, trust_ratios(norms(weights), norms(updates)))
+    apply_updates(rule, parameters, weights, updates)
+
+
+def trust_ratios(weight_norms: list[Tensor], update_norms: list[Tensor]) -> tuple[Tensor, ...]:
     """N ratios (``[]`` each) |p| / |u|, 1 where either is zero."""
     weight, update = torch.stack(weight_norms), torch.stack(update_norms)
     return torch.where((weight != 0) & (update != 0), weight / update, torch.ones_like(weight)).unbind()
 
 
-def _chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def chunks(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Lists of pairs of one device and type, of at most :data:`_CHUNK_ELEMENTS` elements (or one larger tensor)."""
     kinds: dict[Any, list[tuple[Tensor, Tensor]]] = {}
     for pair in pairs:
@@ -418,28 +434,28 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device, torch.float64) for norm in _norms(tensors)]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms(tensors)]))
 
 
 def _math_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """2-norms ``[]`` (float32; float64 for float64 tensors) in input order, each on the device of its tensor."""
-    norms: list[Any] = [None] * len(tensors)
+    found: list[Any] = [None] * len(tensors)
     on_gpu: dict[Any, list[int]] = {}
     for index, tensor in enumerate(tensors):
         if tensor.is_cuda:
             on_gpu.setdefault((tensor.device, tensor.dtype), []).append(index)
         else:
-            norms[index] = _cpu_norm(tensor)
+            found[index] = _cpu_norm(tensor)
     for (_, dtype), indices in on_gpu.items():
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         together = torch._foreach_norm([tensors[i] for i in indices], 2, dtype=wide)
         for index, norm in zip(indices, together, strict=True):
-            norms[index] = norm
-    return norms
+            found[index] = norm
+    return found
 
 
 def _cpu_norm(tensor: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 A message names the wrong value (file, line, option), the rule it breaks and the fix. Programming mistakes stay
 ``assert``/``ValueError`` and show their traceback; these are printed as one line.
 
-Exit codes: 2 for usage (:class:`ConfigError`), 75 where another try may help (:class:`JoinError`), 1 for the others.
+Exit codes: 2 for usage (:class:`ConfigError`), 75 and 76 where another try may help (:class:`JoinError`, :class:`LostRankError`), 1 for the
+others.
 """
 
 from __future__ import annotations
@@ -49,10 +50,25 @@ class JoinError(LaunchError):
     exit_code = 75
 
 
+class LostRankError(LaunchError):
+    """A rank died, hangs, or failed: the others cannot go on. Another try goes on from the newest checkpoint. Exit code 76.
+
+    Args:
+        message: which rank, on which host, at which step.
+        exit_code: of the rank that failed with a message of its own; it is the exit code of all then.
+    """
+
+    exit_code = 76
+
+    def __init__(self, message: str, exit_code: int = 76) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def print_error(error: BerthError) -> None:
-    """Say it on standard error, and note it for the launcher, unless another try may help."""
+    """Say it on standard error, and note it for the launcher, unless another try may help or another rank has noted it."""
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if not isinstance(error, JoinError):
+    if error.exit_code in (1, 2) and not isinstance(error, LostRankError):
         note_failure(error.exit_code, str(error))
 
 

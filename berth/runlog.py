@@ -30,8 +30,20 @@ UNITS: dict[str, str] = {
     "step_loss": "nat",
     "mlm_loss": "nat",
     "nsp_loss": "nat",
+    "mlm_accuracy": "",
     "learning_rate": "",
     "grad_norm": "",
+    "share_data": "",
+    "share_forward": "",
+    "share_backward": "",
+    "share_communication": "",
+    "share_optimizer": "",
+    "share_other": "",
+    "data_wait_share": "",
+    "mfu": "",
+    "tflops_per_device": "TFLOP/s",
+    "memory_gib": "GiB",
+    "slowest_rank_ratio": "",
 }
 
 

@@ -7,12 +7,15 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from berth.launch.plan import option_words
+from berth.runlog import read_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 96
@@ -106,19 +109,44 @@ def pretraining_arguments(project: Path, output: str = "out", **changes: object)
     return option_words(options)
 
 
-def launch(project: Path, processes: int, output: str, **changes: object) -> list[subprocess.Popen[str]]:
-    """Several processes under torchrun's variables, joined through a free port."""
+def free_port() -> int:
+    """A port nobody listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = pretraining_arguments(project, output, **changes)
-    running = []
-    for rank in range(processes):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "run_pretraining.py"), *arguments], stderr=subprocess.PIPE, text=True,
-                env={**environment(), **{key: str(value) for key, value in variables.items()}},
-            )
-        )  # fmt: skip
-    return running
+        return int(free.getsockname()[1])
+
+
+def launch(project: Path, processes: int, output: str, **changes: object) -> list[subprocess.Popen[str]]:
+    """Several processes under torchrun's variables, joined through a free port."""
+    port = free_port()
+    return [start_rank(project, rank, processes, port, output, **changes) for rank in range(processes)]
+
+
+def start_rank(
+    project: Path, rank: int, processes: int, port: int, output: str, *, root: Path = ROOT, variables: Mapping[str, str] | None = None,
+    **changes: object,
+) -> subprocess.Popen[str]:  # fmt: skip
+    """One of ``processes``, run from the checkout at ``root``, with ``variables`` besides torchrun's."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, str(root / "run_pretraining.py"), *pretraining_arguments(project, output, **changes)],
+        stderr=subprocess.PIPE, text=True, env={**environment(), **{key: str(value) for key, value in place.items()}, **(variables or {})},
+    )  # fmt: skip
+
+
+def finish(running: list[subprocess.Popen[str]], expect: int | None = 0, timeout: float = 200) -> list[str]:
+    """Wait for all; what each said on standard error. All must end with ``expect``, if given."""
+    errors = [process.communicate(timeout=timeout)[1] for process in running]
+    codes = [process.returncode for process in running]
+    assert expect is None or codes == [expect] * len(running), f"{codes}\n" + "\n".join(errors)
+    return errors
+
+
+def wait_for_step(log: Path, step: int, process: subprocess.Popen[str], timeout: float = 120) -> None:
+    """Until the run log of ``process`` holds ``step``."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end and process.poll() is None:
+        if log.exists() and step in read_steps(log):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come: {process.stderr.read() if process.stderr else ''}")

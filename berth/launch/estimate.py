@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from berth.launch.matrix import SIXTEEN_BIT, Matrix, PhaseRecipe, Platform, Published, Row
+from berth.flops import step_flops
 
 RESERVE_GB = 1.0  # CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation
 VOCABULARY_MULTIPLE = 8  # run_pretraining.py pads the vocabulary to this
@@ -90,12 +92,10 @@ def _padded_vocabulary(config: Mapping[str, Any]) -> int:
 def flops_per_sequence(config: Mapping[str, Any], length: int, masked: int) -> float:
     """Floating-point operations of one sequence's forward and backward pass, for model FLOPs utilisation.
 
-    ``3 (L (24 l h^2 + 4 l L h) + 2 p h V + 2 p h^2)`` with L the length, l layers, p masked positions, V the vocabulary; it reproduces
-    the TFLOPS DeepSpeed prints for its throughput (240.6 GFLOP for BERT-Large at length 128, 1020.5 at 512).
+    L real tokens and p masked ones, as :func:`berth.flops.step_flops` counts them (pooler and its classifier left out); it
+    reproduces the TFLOPS DeepSpeed prints for its throughput (240.6 GFLOP for BERT-Large at length 128, 1020.5 at 512).
     """
-    hidden, layers, inner = config["hidden_size"], config["num_hidden_layers"], config["intermediate_size"]
-    body = length * layers * (8 * hidden * hidden + 4 * hidden * inner + 4 * length * hidden)
-    return 3.0 * (body + 2 * masked * hidden * config["vocab_size"] + 2 * masked * hidden * hidden)
+    return step_flops(SimpleNamespace(**config), tokens=length, squares=length * length, masked=masked, pairs=0)
 
 
 def training_hours(phase: PhaseRecipe, sequences_per_second: float) -> float:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import re
 import socket
 import sys
 from collections.abc import Mapping, Sequence
 
 from berth.errors import ConfigError, LaunchError, run_main
 from berth.launch.binding import NICS, POLICIES, Binding, bind, read_cpus
+from berth.ranks import Numbers, in_slurm_step, tasks_per_node
 
 MASTER = ("MASTER_ADDR", "MASTER_PORT")
 
@@ -38,10 +38,10 @@ class Place:
 def discover(environment: Mapping[str, str]) -> Place:
     """Read the place of this task: Slurm's variables (in a step: SLURM_STEP_ID is a number), or RANK and its like.
 
-    The rules are those of ``berth.training.distributed.discover_rank``: two sources must agree, except that a step of one task may start a
+    The rules are those of ``berth.ranks.discover``: two sources must agree, except that a step of one task may start a
     bigger world below itself. Without either it is a world of one. Raises :class:`LaunchError` with everything that is wrong.
     """
-    slurm = _slurm_place(environment) if environment.get("SLURM_STEP_ID", "").isdigit() else None
+    slurm = _slurm_place(environment) if in_slurm_step(environment) else None
     given = _given_place(environment, slurm) if "RANK" in environment or "WORLD_SIZE" in environment else None
     if slurm is None or given is None:
         return slurm or given or Place(0, 1, 0, 1, 0, "single process")
@@ -55,38 +55,17 @@ def discover(environment: Mapping[str, str]) -> Place:
     return slurm
 
 
-class _Numbers:
-    """Whole numbers from the environment; what is missing or no number is collected, for one message."""
-
-    def __init__(self, environment: Mapping[str, str], source: str) -> None:
-        self.environment, self.source = environment, source
-        self.problems: list[str] = []
-
-    def get(self, name: str, default: int | None = None) -> int:
-        value = self.environment.get(name)
-        if value is None and default is not None:
-            return default
-        if value is None:
-            self.problems.append(f"{name} is not set, though {self.source} set others of its family")
-        elif not (value.isascii() and value.isdigit()):
-            self.problems.append(f"{name}={value!r} is not a whole number")
-        else:
-            return int(value)
-        return -1
-
-    def place(self, names: tuple[str, str, str], local_world_size: int, node_rank: int) -> Place:
-        """The place made of the rank, the world and the local rank under ``names``; raises with all problems."""
-        rank, world, local = (self.get(name) for name in names)
-        for name, number, size in ((names[0], rank, world), (names[2], local, local_world_size)):
-            if number >= 0 and size >= 0 and number >= size:
-                self.problems.append(f"{name}={number} is outside 0..{size - 1}, in a world of {size}")
-        if self.problems:
-            raise LaunchError("\n".join(self.problems))
-        return Place(rank, world, local, local_world_size, node_rank, self.source)
+def _place(numbers: Numbers, names: tuple[str, str, str], local_world_size: int, node_rank: int) -> Place:
+    """The place made of the rank, the world and the local rank under ``names``; raises with all problems."""
+    rank, world, local = (numbers.get(name) for name in names)
+    numbers.within(names[0], rank, world)
+    numbers.within(names[2], local, local_world_size)
+    numbers.finish()
+    return Place(rank, world, local, local_world_size, node_rank, numbers.source)
 
 
 def _slurm_place(environment: Mapping[str, str]) -> Place:
-    numbers = _Numbers(environment, "Slurm")
+    numbers = Numbers(environment, "Slurm")
     node = numbers.get("SLURM_NODEID", 0)
     try:
         local_world_size = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[node]
@@ -96,26 +75,15 @@ def _slurm_place(environment: Mapping[str, str]) -> Place:
             f"SLURM_STEP_TASKS_PER_NODE={found!r} does not say how many tasks run on node {node}; start tasks with srun"
         )
         local_world_size = -1
-    return numbers.place(("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), local_world_size, node)
+    return _place(numbers, ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), local_world_size, node)
 
 
 def _given_place(environment: Mapping[str, str], slurm: Place | None) -> Place:
-    numbers = _Numbers(environment, "the launcher")
+    numbers = Numbers(environment, "the launcher")
     # Enroot's hook for PyTorch images sets the rank, the world and the local rank of a Slurm task, and not how many share the host
     local_world_size = numbers.get("LOCAL_WORLD_SIZE", None if slurm is None else slurm.local_world_size)
     node = numbers.get("GROUP_RANK", numbers.get("NODE_RANK", 0))  # torchrun's name, and everybody else's
-    return numbers.place(("RANK", "WORLD_SIZE", "LOCAL_RANK"), local_world_size, node)
-
-
-def tasks_per_node(text: str) -> list[int]:
-    """Slurm's ``2(x3),1`` as ``[2, 2, 2, 1]``. Raises ``ValueError`` for anything else."""
-    counts: list[int] = []
-    for part in text.split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if found is None:
-            raise ValueError(f"{text!r} is not Slurm's list of tasks per node")
-        counts += [int(found[1])] * int(found[2] or 1)
-    return counts
+    return _place(numbers, ("RANK", "WORLD_SIZE", "LOCAL_RANK"), local_world_size, node)
 
 
 def check_world(place: Place, expected: int, environment: Mapping[str, str]) -> None:

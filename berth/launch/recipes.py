@@ -20,7 +20,9 @@ SCHEDULES = ("poly", "linear", "cosine", "constant", "exponential")
 OPTIONS = (
     "weight_decay", "max_grad_norm", "lr_warmup_degree", "lr_decay_rate", "lr_decay_steps", "lr_offset", "objective",
     "dynamic_masking", "masked_lm_prob", "whole_word_mask", "allreduce_post_accumulation_fp16", "checkpoint_activations",
-    "no_dense_sequence_output", "no_group_by_length", "loss_scale", "init_loss_scale", "min_loss_scale", "max_consecutive_skips",
+    "no_dense_sequence_output", "no_group_by_length", "loss_scale", "init_loss_scale", "min_loss_scale", "scale_growth_interval",
+    "max_consecutive_skips", "on_divergence", "max_rollbacks", "shard", "deepspeed_zero_stage", "reduce_dtype", "optimizer_backend",
+    "no_async_checkpoints", "dead_rank_s", "timeout_min", "peak_tflops",
     "phase2_moments", "phase2_step", "keep_checkpoints", "log_freq", "eval_freq", "eval_samples", "eval_batch_size", "num_workers",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -57,15 +57,27 @@ class StepBatch:
     """What one rank feeds into one optimizer step.
 
     ``first_sample``: stream number of the global batch's first sample; ``sequences``, ``tokens`` (real ones, without padding) and
-    ``masked`` count this rank's share; ``checksum``: CRC-32 of this rank's token ids in stream order, for the log.
+    ``masked`` count this rank's share, ``squares`` adds up its squared lengths; ``checksum``: CRC-32 of the share's token ids in stream
+    order, ``bytes`` of them, for :func:`combined_crc`.
     """
 
     first_sample: int
     micro_batches: tuple[MicroBatch, ...]
     sequences: int
     tokens: int
+    squares: int
     masked: int
     checksum: int
+    bytes: int
+
+
+def combined_crc(crcs: Sequence[int], bytes_each: int) -> int:
+    """CRC-32 of the global batch's token ids in stream order, from those of the ranks' shares in the order of ranks; the same for every
+    number of ranks."""
+    whole = 0
+    for crc in crcs:
+        whole = isal_zlib.crc32_combine(whole, crc, bytes_each)
+    return whole
 
 
 def to_micro_batch(rows: Rows, lengths: NDArray[np.int64] | None = None) -> MicroBatch:
@@ -115,14 +127,26 @@ class BatchPlan:
         """The micro-batches of the step that starts at ``first_sample``, for this rank."""
         share = self.micro_batch * self.accumulation
         rows = stream.rows(first_sample + self.rank * share, share)
-        checksum = isal_zlib.crc32(np.ascontiguousarray(rows.input_ids))
+        ids = _full_width(rows.input_ids, stream.index.seq_length)
+        checksum = isal_zlib.crc32(ids)
         lengths = rows.lengths()
         if self.group_by_length and self.accumulation > 1:
             order = np.argsort(lengths, kind="stable")
             rows, lengths = rows.take(order), lengths[order]
         cuts = [slice(at, at + self.micro_batch) for at in range(0, share, self.micro_batch)]
         micro = tuple(to_micro_batch(rows.take(cut), lengths[cut]) for cut in cuts)
-        return StepBatch(first_sample, micro, share, int(lengths.sum()), sum(len(batch.masked_index) for batch in micro), checksum)
+        masked = sum(len(batch.masked_index) for batch in micro)
+        return StepBatch(first_sample, micro, share, int(lengths.sum()), int((lengths**2).sum()), masked, checksum, ids.nbytes)
+
+
+def _full_width(ids: NDArray, width: int) -> NDArray:
+    """int32 [N, width]: as they are, or padded. Binned records come as wide as the widest row asked for, so that the checksum of a rank's
+    share would depend on what other ranks read."""
+    if ids.shape[1] == width:
+        return np.ascontiguousarray(ids, np.int32)
+    padded = np.zeros((len(ids), width), np.int32)
+    padded[:, : ids.shape[1]] = ids
+    return padded
 
 
 def step_batches(stream: SampleStream, plan: BatchPlan, first_sample: int, prefetch: int) -> Iterator[StepBatch]:

@@ -1,87 +1,35 @@
-"""Which rank am I, and the few collectives the training loop needs.
+"""How the ranks find each other, and the few collectives that the training loop needs.
 
-Rank discovery lives here and nowhere else. Four families of variables are understood: torchrun (``RANK``, ``WORLD_SIZE``,
-``LOCAL_RANK``), Slurm (``SLURM_PROCID``, ``SLURM_NTASKS``, ``SLURM_LOCALID``), Open MPI (``OMPI_COMM_WORLD_*``) and
-MPICH/PMI (``PMI_RANK``, ``PMI_SIZE``). None of them means one process. Two families that disagree are an error, never a
-silent world of one.
+In: this process's :class:`Place` (berth/ranks.py) and its device. Out: a :class:`Communicator`, with a store that all ranks reach beside the
+collectives (the watchdog's heartbeats go through it) and the host of every rank. torch's own rendezvous was rejected: it waits in silence, and
+does not say whom for; two processes that claim one rank hang in it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import os
+import re
 import socket
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
-from berth.errors import JoinError, LaunchError
+from berth.errors import JoinError, LaunchError, LostRankError
+from berth.ranks import UNKNOWN, Place, discover, master_address
 
-# family -> (rank, world size, local rank)
-_FAMILIES: dict[str, tuple[str, str, str]] = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    "Slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    "MPICH/PMI": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-}
+__all__ = ["UNKNOWN", "Communicator", "Place", "Rank", "choose_device", "discover_rank"]
 
+Rank, discover_rank = Place, discover  # the names the training code knows
 
-UNKNOWN = -1
-
-
-@dataclasses.dataclass(frozen=True)
-class Rank:
-    """Place of this process among all: ``rank`` in ``[0, world_size)``, ``local_rank`` on its host (or ``UNKNOWN``); who said so."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    source: str = "single process"
-
-
-def discover_rank(environment: Mapping[str, str]) -> Rank:
-    """Read the place of this process from the variables a launcher sets.
-
-    Slurm's variables alone, in a shell that sits inside an allocation without ``srun`` (no ``SLURM_STEP_ID``), are not a
-    launch and are ignored. Raises :class:`LaunchError` when a family is incomplete or two families disagree.
-    """
-    found: list[Rank] = []
-    for family, (rank_key, size_key, local_key) in _FAMILIES.items():
-        if family == "Slurm" and not environment.get("SLURM_STEP_ID", "").isdigit():
-            continue
-        if rank_key not in environment and size_key not in environment:
-            continue
-        found.append(_parse_family(family, environment, rank_key, size_key, local_key))
-    several = [place for place in found if place.world_size > 1]
-    if not several:
-        return found[0] if found else Rank()
-    first = several[0]
-    for other in found:
-        # `srun -n1 torchrun ...`: a step of one task that starts a bigger world below itself is no contradiction
-        wraps = other.source != "torchrun" and first.source == "torchrun" and other.world_size == 1
-        if (other.rank, other.world_size) != (first.rank, first.world_size) and not wraps:
-            raise LaunchError(
-                f"{first.source} says rank {first.rank} of {first.world_size}, {other.source} says rank {other.rank} of "
-                f"{other.world_size}; start the program with one launcher only, or unset the other's variables"
-            )
-    return first
-
-
-def _parse_family(family: str, environment: Mapping[str, str], rank_key: str, size_key: str, local_key: str) -> Rank:
-    values = {key: environment.get(key) for key in (rank_key, size_key)}
-    if None in values.values():
-        missing = next(key for key, value in values.items() if value is None)
-        raise LaunchError(f"{family} set one of {rank_key} and {size_key} but not {missing}; both are needed")
-    try:
-        rank, size = int(values[rank_key] or ""), int(values[size_key] or "")
-        local = int(environment.get(local_key) or (rank if size == 1 else UNKNOWN))
-    except ValueError as error:
-        raise LaunchError(f"{family} variables {rank_key}, {size_key}, {local_key} must be whole numbers: {error}") from error
-    if not 0 <= rank < size:
-        raise LaunchError(f"{rank_key}={rank} is outside 0..{size - 1} ({size_key}={size})")
-    return Rank(rank, size, local, family)
+# What NCCL's side of torch does when a collective fails or exceeds its timeout: end the process (its results are garbage), without tidying up
+# first, which can hang. The monitor ends a process whose watchdog thread is itself stuck. A user's own settings stay.
+_NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3", "TORCH_NCCL_ENABLE_MONITORING": "1", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "600"}
+_BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Timed out waiting|Broken pipe")
+_WORD_SECONDS = 60.0  # a rank that waits says so this often
 
 
 class Communicator:
@@ -90,33 +38,54 @@ class Communicator:
     Args:
         place: this process among all.
         device: where collectives on NCCL must live; gloo uses the CPU.
-        timeout: how long a collective may wait for a missing rank before all fail.
+        timeout: how long a collective may wait for a missing rank before all fail, and how long the ranks may take to find each other.
+
+    Attributes: ``hosts``, the host name of every rank; ``store``, a client of the store that all ranks share (``None`` in a world of one).
+
+    Raises :class:`LaunchError` when nothing says where the ranks meet, :class:`JoinError` when they do not.
     """
 
-    def __init__(self, place: Rank, device: torch.device, timeout: datetime.timedelta) -> None:
+    def __init__(self, place: Place, device: torch.device, timeout: datetime.timedelta) -> None:
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self.backend = "none"
         self.device = device
+        self.hosts = [socket.gethostname()]
+        self.store: dist.Store | None = None
         if place.world_size == 1:
             return
         self.backend = "nccl" if device.type == "cuda" else "gloo"
-        if place.source != "torchrun" and "MASTER_ADDR" not in os.environ:
-            raise LaunchError(
-                f"{place.source} started {place.world_size} ranks but MASTER_ADDR and MASTER_PORT are not set; export the first "
-                "host's name and a free port before the launch"
-            )
+        address = master_address(os.environ, place)
+        os.environ.update(_variables(place, address))
+        for name, value in _NCCL.items():
+            os.environ.setdefault(name, value)
         try:
+            self._base = _open_store(address, place, timeout)
+            self._prefix = _prefix(place)
+            self.store = dist.PrefixStore(self._prefix, self._base)
+            self.hosts = _meet(self.store, place, timeout)
             dist.init_process_group(
                 self.backend,
+                store=dist.PrefixStore("group", self.store),
                 rank=place.rank,
                 world_size=place.world_size,
                 timeout=timeout,
                 device_id=device if self.backend == "nccl" else None,
             )
+        except JoinError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise JoinError(
-                f"rank {place.rank} on {socket.gethostname()} could not join the group of {place.world_size} ranks: {error}"
+                f"rank {place.rank} on {socket.gethostname()} could not join the group of {place.world_size} ranks at {address[0]}:{address[1]}: "
+                f"{error}"
             ) from error
+
+    def new_store(self, timeout: datetime.timedelta) -> dist.Store:
+        """Another client of the shared store, with a connection of its own, so that threads do not wait for each other; several ranks only.
+
+        Raises torch's ``DistError`` when the store does not answer.
+        """
+        client = dist.TCPStore(self._base.host, self._base.port, self.world_size, False, timeout=timeout, wait_for_workers=False)
+        return dist.PrefixStore(f"{self._prefix}/beats", client)
 
     @property
     def is_main(self) -> bool:
@@ -135,6 +104,28 @@ class Communicator:
             return [float(value) for value in values]
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` (on the device of the collectives: the GPU under NCCL) becomes its sum over ranks, in place, and is returned."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_floats(self, values: Sequence[float]) -> list[list[float]]:
+        """Every rank's values (float64, the same number on each), in rank order, on every rank."""
+        if self.world_size == 1:
+            return [[float(value) for value in values]]
+        return [part.tolist() for part in self._gather(torch.tensor(list(values), dtype=torch.float64))]
+
+    def gather_texts(self, text: str) -> list[str]:
+        """Every rank's text, in rank order, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        data = text.encode()
+        sizes = [int(size) for (size,) in self.gather_floats([len(data)])]
+        padded = torch.frombuffer(bytearray(data.ljust(max(*sizes, 1), b"\0")), dtype=torch.uint8)
+        parts = self._gather(padded)
+        return [bytes(part[:size].tolist()).decode() for part, size in zip(parts, sizes, strict=True)]
+
     def broadcast_ints(self, values: Sequence[int]) -> list[int]:
         """Rank 0's integers, on every rank; all must pass the same number of values."""
         if self.world_size == 1:
@@ -148,6 +139,19 @@ class Communicator:
         if self.world_size > 1:
             dist.barrier()
 
+    def failure(self, error: BaseException) -> LostRankError | None:
+        """``error`` as the loss of a connection between ranks, which a collective or the store raised; ``None`` when it is something else.
+
+        It cannot say which rank is lost: :meth:`berth.training.watchdog.Watchdog.explain` does.
+        """
+        if self.world_size == 1 or not isinstance(error, RuntimeError):
+            return None
+        if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
+            return None
+        return LostRankError(
+            f"rank {self.rank} on {self.hosts[self.rank]} lost its connection to another rank: {str(error).splitlines()[0]}"
+        )
+
     def close(self) -> None:
         """Leave the process group. Gloo's is left to the end of the process: taking it down aborts at times when a peer has gone first."""
         if self.backend == "nccl" and dist.is_initialized():
@@ -156,13 +160,96 @@ class Communicator:
     def _collective_device(self) -> torch.device:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
+    def _gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        tensor = tensor.to(self._collective_device())
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return [part.cpu() for part in parts]
+
     def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(tensor, op=operation)
         return [float(value) for value in tensor.tolist()]
 
 
-def choose_device(requested: str | None, place: Rank) -> torch.device:
+def _variables(place: Place, address: tuple[str, int]) -> dict[str, str]:
+    """What libraries that look for themselves (DeepSpeed) must find."""
+    found = {"RANK": place.rank, "WORLD_SIZE": place.world_size, "MASTER_ADDR": address[0], "MASTER_PORT": address[1]}
+    known = {"LOCAL_RANK": place.local_rank, "LOCAL_WORLD_SIZE": place.local_world_size}
+    return {name: str(value) for name, value in {**found, **known}.items() if value != UNKNOWN}
+
+
+def _agent_keeps_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's agent does
+
+
+def _prefix(place: Place) -> str:
+    """Keeps the attempts of one torchrun apart, and worlds of another size that came to this port by mistake."""
+    return f"berth/{place.world_size}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def _open_store(address: tuple[str, int], place: Place, timeout: datetime.timedelta) -> dist.TCPStore:
+    """The store at ``address``: rank 0 keeps it (or torchrun's agent), the others connect, and say once a minute that it does not answer."""
+    end = time.monotonic() + timeout.total_seconds()
+    serve = place.rank == 0 and not _agent_keeps_store()
+    while True:
+        patience = datetime.timedelta(seconds=max(1.0, min(_WORD_SECONDS, end - time.monotonic())))
+        try:
+            store = dist.TCPStore(*address, place.world_size, serve, timeout=patience, wait_for_workers=False, multi_tenant=True)
+        except dist.DistError as error:
+            if serve:
+                raise
+            where = f"rank {place.rank} on {socket.gethostname()}: rank 0 does not answer at {address[0]}:{address[1]}"
+            if time.monotonic() >= end:
+                raise JoinError(
+                    f"{where} after {timeout.total_seconds():.0f} s (--timeout_min); see whether it started, and whether this host may connect"
+                ) from error
+            print(f"{where} yet", file=sys.stderr, flush=True)
+        else:
+            store.set_timeout(timeout)
+            return store
+
+
+def _meet(store: dist.Store, place: Place, timeout: datetime.timedelta) -> list[str]:
+    """Wait until every rank is here; rank 0 says once a minute for whom. The host of every rank.
+
+    Raises :class:`JoinError` when some do not come in time, or two processes claim one rank.
+    """
+    host = socket.gethostname()
+    me = f"{host} {os.getpid()}"
+    first = store.compare_set(f"here/{place.rank}", "", me).decode()
+    if first != me:
+        raise JoinError(
+            f"rank {place.rank} of {place.world_size} is there twice: process {me.split()[1]} on {host} and process {first.split()[1]} on "
+            f"{first.split()[0]}; give every process a rank of its own, and every job a MASTER_PORT of its own"
+        )
+    keys = [f"here/{rank}" for rank in range(place.world_size)]
+    start = time.monotonic()
+    word, pause = start + _WORD_SECONDS, 0.01
+    while not store.check(keys):
+        late = time.monotonic() >= start + timeout.total_seconds()
+        if late or (place.rank == 0 and time.monotonic() >= word):
+            missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+            text = f"rank {place.rank} on {host}: {some_ranks(missing)} of {place.world_size} {'has' if len(missing) == 1 else 'have'} not come"
+            if late and missing:
+                raise JoinError(f"{text} within {timeout.total_seconds():.0f} s (--timeout_min); see in the log why")
+            print(f"{text} yet, waiting", file=sys.stderr, flush=True)
+            word += _WORD_SECONDS
+        time.sleep(pause)
+        pause = min(1.0, pause * 1.5)
+    return [found.decode().split()[0] for found in store.multi_get(keys)]
+
+
+def some_ranks(ranks: Sequence[int], most: int = 8) -> str:
+    """``rank 3`` or ``ranks 3, 4 and 5``; of many the first ``most``."""
+    shown = [str(rank) for rank in ranks[:most]]
+    if len(ranks) == 1:
+        return f"rank {shown[0]}"
+    last = f"{len(ranks) - most} more" if len(ranks) > most else shown.pop()
+    return f"ranks {', '.join(shown)} and {last}"
+
+
+def choose_device(requested: str | None, place: Place) -> torch.device:
     """``cuda:<local_rank>`` where a GPU is there (or demanded), else ``cpu``.
 
     A process that sees one GPU takes it (a launcher gave it that one). Raises :class:`LaunchError` when ``cuda`` is demanded and

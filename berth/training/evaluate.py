@@ -8,6 +8,7 @@ the entropy of the masked tokens alone; with a few thousand of them over a vocab
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -69,16 +70,25 @@ class HeldOut:
         self.baselines = counts.baselines()
 
     def evaluate(self, model: nn.Module, precision: Precision, communicator: Communicator, batch_size: int) -> Evaluation:
-        """Run all of it through ``model`` (the bare module), split over ranks; every rank gets the same result."""
+        """Run all of it through ``model`` (the module, not its data-parallel wrapper), split over ranks; every rank gets the same result.
+
+        All ranks make the same number of passes, because a sharded model communicates in them: a rank that is short of rows repeats
+        one whose scores do not count.
+        """
         model.eval()
         totals = torch.zeros(6, dtype=torch.float64, device=communicator.device)
         with torch.no_grad():
             for start in range(0, self.count, ROWS_AT_ONCE):
                 rows = self.stream.rows(start, min(ROWS_AT_ONCE, self.count - start))
                 # longest last: batches of similar length waste little padding
-                order = np.argsort(rows.lengths(), kind="stable")[communicator.rank :: communicator.world_size]
-                for at in range(0, len(order), batch_size):
-                    totals += _score(model, rows.take(order[at : at + batch_size]), precision, communicator.device)
+                order = np.argsort(rows.lengths(), kind="stable")
+                own = order[communicator.rank :: communicator.world_size]
+                most = math.ceil(len(order) / communicator.world_size)  # rows of rank 0, which never has fewer than another
+                for at in range(0, most, batch_size):
+                    chosen = own[at : at + batch_size]
+                    scores = _score(model, rows.take(chosen if len(chosen) else order[:1]), precision, communicator.device)
+                    if len(chosen):
+                        totals += scores
         mlm, correct, masked, nsp, nsp_correct, sequences = communicator.sum(totals.tolist())
         return Evaluation(
             mlm / max(masked, 1), correct / max(masked, 1), nsp / sequences, nsp_correct / sequences, int(sequences), int(masked)

@@ -15,6 +15,8 @@ from typing import Any
 from berth.errors import ConfigError
 from berth.training.precision import PRECISIONS
 
+SHARDINGS = ("none", "zero1", "zero2", "zero3")
+REDUCE_DTYPES = ("fp32", "fp16", "bf16")
 SCHEDULE_NAMES = ("poly", "linear", "cosine", "constant", "exponential")
 
 # flags that have no effect here, and why leaving them out changes nothing
@@ -34,7 +36,6 @@ OBSOLETE_HARMLESS = {
 # flags that would change the result, and what to do instead
 OBSOLETE_REFUSED = {
     "--cuda_graphs": "CUDA graphs are not implemented; run without it",
-    "--deepspeed_zero_stage": "optimizer sharding is not implemented; run without it",
     "--masking": "records carry their masks, or --dynamic_masking draws them while training",
 }
 _WITH_VALUE = {"--schedule", "--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
@@ -74,8 +75,15 @@ class Options:
     loss_scale: float
     init_loss_scale: float
     min_loss_scale: float
+    scale_growth_interval: int
     max_consecutive_skips: int
-    allreduce_post_accumulation_fp16: bool
+    on_divergence: str
+    max_rollbacks: int
+    reduce_dtype: str
+    shard: str
+    deepspeed: str | None
+    deepspeed_zero_stage: int | None
+    optimizer_backend: str
     checkpoint_activations: bool
     no_dense_sequence_output: bool
     no_group_by_length: bool
@@ -91,6 +99,7 @@ class Options:
     num_steps_per_checkpoint: int
     keep_checkpoints: int
     skip_checkpoint: bool
+    no_async_checkpoints: bool
     log_freq: int
     eval_freq: int
     eval_samples: int
@@ -101,6 +110,8 @@ class Options:
     device: str | None
     num_workers: int
     timeout_min: float
+    dead_rank_s: float
+    peak_tflops: float | None
     notices: tuple[str, ...] = ()
 
     @property
@@ -112,6 +123,16 @@ class Options:
     def micro_batch(self) -> int:
         """Sequences of one forward pass: ``train_batch_size // gradient_accumulation_steps``."""
         return self.train_batch_size // self.gradient_accumulation_steps
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether DeepSpeed's engine drives the step."""
+        return self.deepspeed is not None or self.deepspeed_zero_stage is not None
+
+    @property
+    def sharding(self) -> str:
+        """How the state is spread: a name of :data:`SHARDINGS`, or ``deepspeed``."""
+        return "deepspeed" if self.uses_deepspeed else self.shard
 
 
 class _Parser(argparse.ArgumentParser):
@@ -136,6 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group("data and model"))
     _add_batch(parser.add_argument_group("batch, steps and optimizer"))
     _add_precision(parser.add_argument_group("precision and memory"))
+    _add_sharding(parser.add_argument_group("sharding and reduction"))
     _add_resume(parser.add_argument_group("phases, start and resume"))
     _add_output(parser.add_argument_group("checkpoints, logs and evaluation"))
     _add_runtime(parser.add_argument_group("processes and devices"))
@@ -211,9 +233,20 @@ def _add_precision(group: Any) -> None:
     add("--loss_scale", type=float, default=0.0, help="0 = dynamic for fp16 and none otherwise; positive = static")
     add("--init_loss_scale", type=float, default=2.0**20, help="first dynamic loss scale")
     add("--min_loss_scale", type=float, default=1.0, help="dynamic loss scale never falls below this")
-    add("--max_consecutive_skips", type=int, default=50, help="give up after this many steps in a row with a non-finite gradient")
+    add("--scale_growth_interval", type=int, default=2000, help="good steps in a row after which the dynamic loss scale doubles")
+    add("--max_consecutive_skips", type=int, default=50, help="this many steps in a row with a non-finite gradient count as divergence")
     add(
-        "--allreduce_post_accumulation_fp16", action="store_true", help="send gradients between processes as fp16 (accumulation stays fp32)"
+        "--on_divergence",
+        choices=("stop", "rollback"),
+        default="stop",
+        help="stop with an error that names the tensors, or go back to the last checkpoint and leave out the samples since then",
+    )
+    add("--max_rollbacks", type=int, default=3, help="--on_divergence rollback: stop all the same after this many")
+    add(
+        "--optimizer_backend",
+        choices=("auto", "berth", "apex"),
+        default="auto",
+        help="whose LAMB and LayerNorm kernels: apex where they are installed, on a GPU and without sharding; else berth's",
     )
     add(
         "--checkpoint_activations",
@@ -226,6 +259,38 @@ def _add_precision(group: Any) -> None:
         help="project every position onto the vocabulary, not only the masked ones (slow)",
     )
     add("--no_group_by_length", action="store_true", help="do not sort a step's sequences by length before cutting micro-batches")
+
+
+def _add_sharding(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--shard",
+        choices=SHARDINGS,
+        default="none",
+        help="split over the processes: zero1 optimizer state, zero2 gradients as well, zero3 parameters as well (the last two by FSDP2). The "
+        "result and the checkpoints are the same",
+    )
+    add(
+        "--deepspeed",
+        nargs="?",
+        const="",
+        metavar="CONFIG",
+        help="train through DeepSpeed's engine (pip install berth[deepspeed]), with this JSON configuration or berth's own; see docs/deepspeed.md",
+    )
+    add(
+        "--deepspeed_zero_stage",
+        nargs="?",
+        const=1,
+        type=int,
+        choices=(0, 1, 2, 3),
+        help="ZeRO stage of --deepspeed (implies it); 1 without a number",
+    )
+    add(
+        "--reduce_dtype",
+        choices=REDUCE_DTYPES,
+        help="type gradients have between processes; sums over micro-batches are always fp32 (default: fp32)",
+    )
+    add("--allreduce_post_accumulation_fp16", action="store_true", help="same as --reduce_dtype fp16")
 
 
 def _add_resume(group: Any) -> None:
@@ -257,6 +322,7 @@ def _add_output(group: Any) -> None:
     add("--num_steps_per_checkpoint", type=int, default=100, help="optimizer steps between checkpoints")
     add("--keep_checkpoints", type=int, default=3, help="newest checkpoints kept; phase ends are kept for ever")
     add("--skip_checkpoint", action="store_true", help="write no checkpoint at all (benchmarks)")
+    add("--no_async_checkpoints", action="store_true", help="wait until a checkpoint is on disk before the next step")
     add("--log_freq", type=whole_number, default=1, help="optimizer steps between log records")
     add("--eval_freq", type=int, default=0, help="optimizer steps between evaluations on --eval_dir; 0 = start and end only")
     add(
@@ -280,7 +346,13 @@ def _add_runtime(group: Any) -> None:
     add = group.add_argument
     add("--device", choices=("cpu", "cuda"), help="cuda where there is a GPU, else cpu, if not given")
     add("--num_workers", type=int, default=2, help="optimizer steps of data prepared ahead by a thread; 0 = none")
-    add("--timeout_min", type=float, default=30.0, help="minutes a collective waits for a missing rank before all fail")
+    add("--timeout_min", type=float, default=30.0, help="minutes a process may hang, or a collective wait, before all fail")
+    add("--dead_rank_s", type=float, default=60.0, help="seconds without a sign of life after which a process counts as lost")
+    add(
+        "--peak_tflops",
+        type=float,
+        help="peak of one device in TFLOP/s, for the MFU in the log; known for common GPUs",
+    )
     add("--local_rank", type=int, help=argparse.SUPPRESS)
     for flag in {**OBSOLETE_HARMLESS, **OBSOLETE_REFUSED}:
         kind: dict[str, Any] = {} if flag in _WITH_VALUE else {"action": "store_true"}
@@ -310,6 +382,10 @@ def parse_options(argv: Sequence[str]) -> Options:
     fp16 = values.pop("fp16")
     if fp16 and values["precision"] not in (None, "fp16"):
         problems.append(f"--fp16 contradicts --precision {values['precision']}; give one of them")
+    reduce_fp16 = values.pop("allreduce_post_accumulation_fp16")
+    if reduce_fp16 and values["reduce_dtype"] not in (None, "fp16"):
+        problems.append(f"--allreduce_post_accumulation_fp16 contradicts --reduce_dtype {values['reduce_dtype']}; give one of them")
+    values["reduce_dtype"] = "fp16" if reduce_fp16 else values["reduce_dtype"] or "fp32"
     values["precision"] = "fp16" if fp16 else values["precision"] or "fp32"
     values["json_summary"] = values["json_summary"] or str(Path(values["output_dir"]) / "dllogger.json")
     if values["tensorboard_dir"] is None:
@@ -346,12 +422,12 @@ def _problems(options: Options) -> list[str]:
 
     at_least_one = (
         "train_batch_size", "gradient_accumulation_steps", "max_steps", "num_steps_per_checkpoint", "keep_checkpoints", "log_freq",
-        "max_consecutive_skips", "lr_decay_steps", "steps_this_run", "max_seq_length", "max_predictions_per_seq", "eval_batch_size",
+        "max_consecutive_skips", "lr_decay_steps", "scale_growth_interval", "steps_this_run", "max_seq_length", "max_predictions_per_seq", "eval_batch_size",
     )  # fmt: skip
     for name in at_least_one:
         value = getattr(options, name)
         rule(value is None or value >= 1, f"--{name} is {value}, it must be at least 1")
-    for name in ("num_workers", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed", "lr_offset"):
+    for name in ("num_workers", "max_rollbacks", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed", "lr_offset"):
         value = getattr(options, name)
         rule(0 <= value < float("inf"), f"--{name} is {value}, it must be finite and not negative")
     for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "lr_warmup_degree"):
@@ -360,6 +436,10 @@ def _problems(options: Options) -> list[str]:
     rule(options.seed < 2**63, f"--seed is {options.seed}, it must be below 2**63")
     rule(0 < options.lr_decay_rate <= 1, f"--lr_decay_rate is {options.lr_decay_rate}, it is a factor above 0 and at most 1")
     rule(0 < options.timeout_min <= 10080, f"--timeout_min is {options.timeout_min}, it must be above 0 and at most 10080 (a week)")
+    rule(1 <= options.dead_rank_s <= 86400, f"--dead_rank_s is {options.dead_rank_s}, it must be between 1 and 86400 (a day)")
+    rule(options.peak_tflops is None or 0 < options.peak_tflops < 1e9, f"--peak_tflops is {options.peak_tflops}, it must be positive")
+    rule(not options.uses_deepspeed or options.shard == "none", f"--shard {options.shard} and --deepspeed exclude each other; give one of them")
+    rule(not options.deepspeed or Path(options.deepspeed).is_file(), f"--deepspeed {options.deepspeed} does not exist")
     rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")
     prob = options.masked_lm_prob
     rule(prob is None or 0 < prob < 1, f"--masked_lm_prob is {prob}, it is a share above 0 and below 1")

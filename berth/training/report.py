@@ -1,7 +1,9 @@
 """What a user sees of a run: log lines or a progress bar, the run log, TensorBoard, throughput.
 
-Only rank 0 writes; on other ranks every method returns at once. Throughput counts the time of training steps alone (data wait
-included; evaluation and checkpoints not) and leaves out the first steps of a process, which pay for warming up.
+In: batches and results of steps, the seconds of a :class:`StepClock`. Out: records whose keys docs/metrics.md explains. Only rank 0 writes,
+but :meth:`Reporter.exchange` and :meth:`Reporter.summary` are collective. Throughput counts the time of training steps alone, which is what
+the clock is given (data wait included; evaluation and checkpoints not); the summary leaves out the first steps of a process, which pay for
+warming up.
 """
 
 from __future__ import annotations
@@ -13,38 +15,22 @@ import sys
 import time
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from berth.runlog import RunLog
+from berth.training.batches import StepBatch
+from berth.training.distributed import Communicator
 from berth.training.evaluate import Baselines, Evaluation
+from berth.flops import Sizes, peak_flops, step_flops
+from berth.training.metrics import PARTS, StepClock, Window, WindowSums, memory_gib, reduce_window
 from berth.training.options import Options
+from berth.training.step import StepResult
 
 WARM_UP_STEPS = 3
+NOT_ON_BOARD = {"steps_averaged", "first_sample", "batch_crc32", "slowest_rank"}  # numbers that make no curve
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Meter:
-    """Sums over training steps: seconds, sequences, real tokens and losses, since the last report and since warm-up."""
-
-    steps: int = 0
-    seconds: float = 0.0
-    data_seconds: float = 0.0
-    sequences: int = 0
-    tokens: int = 0
-    mlm: Any = 0.0
-    nsp: Any = 0.0
-
-    def add(self, seconds: float, data_seconds: float, sequences: int, tokens: int, mlm: Any, nsp: Any, skipped: bool) -> None:
-        """Account for one step of this rank; a skipped one took time and samples, but its loss (not finite) does not count."""
-        self.seconds += seconds
-        self.data_seconds += data_seconds
-        self.sequences += sequences
-        self.tokens += tokens
-        if not skipped:
-            self.steps += 1
-            self.mlm, self.nsp = self.mlm + mlm, self.nsp + nsp
 
 
 def configure_logging(is_main: bool, rank: int) -> None:
@@ -63,16 +49,23 @@ class _BarHandler(logging.Handler):
 
 
 class Reporter:
-    """All output of one process. ``open`` is separate X."""
+    """All output of one process. Files are opened by :meth:`open`, so that a run that is refused leaves none.
 
-    def __init__(self, options: Options, is_main: bool) -> None:
-        self.options, self.is_main = options, is_main
+    Args:
+        sizes: of the model, without the rows that pad its vocabulary.
+        clock: what times the steps; read and set to zero here alone.
+    """
+
+    def __init__(self, options: Options, sizes: Sizes, communicator: Communicator, clock: StepClock) -> None:
+        self.options, self.sizes, self.communicator, self.clock = options, sizes, communicator, clock
+        self.is_main = communicator.is_main
+        self.peak = peak_of(options, communicator.device)
         self.started = time.monotonic()
         self.log = RunLog(None)
         self.board: Any = None
         self.bar: Any = None
-        self.window, self.total = Meter(), Meter()
-        self._warm = 0
+        self.window, self.total = WindowSums(), WindowSums()
+        self._steps = 0
         self.last_loss = float("nan")
 
     def open(self, done: int, total: int, step: int) -> None:
@@ -95,43 +88,67 @@ class Reporter:
         if self.is_main:
             logger.info(message, *arguments)
 
-    def step_done(self, seconds: float, data_seconds: float, sequences: int, tokens: int, mlm: Any, nsp: Any, skipped: bool) -> None:
-        """Account for one step of this rank (global losses' shares, in nats)."""
-        numbers = (seconds, data_seconds, sequences, tokens, mlm, nsp, skipped)
-        self.window.add(*numbers)
-        self._warm += 1
-        if self._warm > WARM_UP_STEPS:
-            self.total.add(*numbers)
-        if self.bar is not None and not skipped:
+    def step_done(self, batch: StepBatch, result: StepResult) -> None:
+        """Account for one step of this rank."""
+        pairs = batch.sequences if self.options.objective == "mlm+nsp" else 0
+        flops = step_flops(self.sizes, tokens=batch.tokens, squares=batch.squares, masked=batch.masked, pairs=pairs)
+        self.window.add(batch, result, flops)
+        self._steps += 1
+        if self._steps > WARM_UP_STEPS:
+            self.total.add(batch, result, flops)
+        elif self._steps == WARM_UP_STEPS:
+            self._read_clock()
+        if self.bar is not None and not result.skipped:
             self.bar.update(1)
 
-    def log_step(self, sums: list[float], *, epoch: int, step: int, phase_step: int, facts: dict[str, Any]) -> None:
-        """Write one step record. ``sums`` = MLM loss, NSP loss, sequences and tokens of the window, summed over ranks."""
-        window, self.window = self.window, Meter()
-        mlm, nsp = sums[0] / window.steps, sums[1] / window.steps
-        self.last_loss = mlm + nsp
-        rate = sums[2] / window.seconds if window.seconds else 0.0
-        losses = {"mlm_loss": mlm} if self.options.objective == "mlm" else {"mlm_loss": mlm, "nsp_loss": nsp}
+    def _read_clock(self) -> None:
+        seconds = self.clock.take()
+        self.window.add_parts(seconds)
+        if self._steps > WARM_UP_STEPS:
+            self.total.add_parts(seconds)
+
+    def exchange(self) -> Window:
+        """What all ranks did since the last call, or the start. All ranks must call it: one collective."""
+        self._read_clock()
+        own, self.window = self.window, WindowSums()
+        return self._reduced(own)
+
+    def _reduced(self, own: WindowSums) -> Window:
+        own.memory_gib = memory_gib(self.communicator.device)
+        return reduce_window(self.communicator.gather_floats(own.values()), self.communicator.hosts)
+
+    def log_step(self, window: Window, *, epoch: int, step: int, phase_step: int, facts: dict[str, Any]) -> None:
+        """Write one step record: the means of ``window``, and ``facts`` of its last step."""
+        self.last_loss = window.mlm_loss + window.nsp_loss
+        if not self.is_main:
+            return
+        losses = (
+            {"mlm_loss": window.mlm_loss} if self.options.objective == "mlm" else {"mlm_loss": window.mlm_loss, "nsp_loss": window.nsp_loss}
+        )
         data = {
-            "average_loss": mlm + nsp,
+            "average_loss": self.last_loss,
             **losses,
+            "mlm_accuracy": window.mlm_accuracy,
             "steps_averaged": window.steps,
             **facts,
-            "training_sequences_per_second": rate,
-            "tokens_per_second": sums[3] / window.seconds if window.seconds else 0.0,
-            "data_wait_share": window.data_seconds / window.seconds if window.seconds else 0.0,
+            "batch_crc32": window.batch_crc32,
+            **measures(window, self.peak),
         }
         self.log.log((epoch, step), data)
         if self.board is not None:
-            for name in ("average_loss", *losses, "learning_rate", "grad_norm", "training_sequences_per_second"):
-                self.board.add_scalar(f"train/{name}", data[name], step)
+            for name in data:
+                if name not in NOT_ON_BOARD:
+                    self.board.add_scalar(f"train/{name}", data[name], step)
+        rate, slow = data["training_sequences_per_second"], window.straggler
+        slowest = {"slowest": f"rank {slow.rank} on {slow.host} ({slow.ratio:.1f}x)"} if slow is not None and slow.named else {}
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{mlm + nsp:.3f}", lr=f"{facts['learning_rate']:.2e}", seq_s=f"{rate:.0f}")
+            self.bar.set_postfix(loss=f"{self.last_loss:.3f}", lr=f"{facts['learning_rate']:.2e}", seq_s=f"{rate:.0f}", **slowest)
         elif self._print_due(phase_step):
             parts = ", ".join(f"{name.removesuffix('_loss')} {value:.4f}" for name, value in losses.items())
             self.say(
-                "step %d (%d of %d)  loss %.4f (%s)  lr %.3e  grad norm %.2f  %.1f seq/s",
-                step, phase_step, self.options.max_steps, mlm + nsp, parts, facts["learning_rate"], facts["grad_norm"], rate,
+                "step %d (%d of %d)  loss %.4f (%s)  accuracy %.2f %%  lr %.3e  grad norm %.2f  %.1f seq/s%s",
+                step, phase_step, self.options.max_steps, self.last_loss, parts, 100 * window.mlm_accuracy, facts["learning_rate"],
+                facts["grad_norm"], rate, "".join(f"  {name}: {value}" for name, value in slowest.items()),
             )  # fmt: skip
 
     def _print_due(self, phase_step: int) -> bool:
@@ -154,17 +171,20 @@ class Reporter:
             nsp if has_nsp else "", result.sequences,
         )  # fmt: skip
 
-    def summary(self, world_size: int, facts: dict[str, Any]) -> None:
-        """Write and print the closing record: seconds, sequences/s over the measured steps, final loss."""
+    def summary(self, facts: dict[str, Any]) -> None:
+        """Write and print the closing record: seconds, final loss, and means over the measured steps. All ranks must call it: one collective."""
+        self._read_clock()
+        measured = self._reduced(self.total)
         data: dict[str, Any] = {"e2e_train_time": time.monotonic() - self.started, **facts}
         words = [f"{facts['outcome']} at step {facts['global_step']}"]
         if math.isfinite(self.last_loss):
             data["final_loss"] = self.last_loss
             words.append(f"final loss {self.last_loss:.4f}")
-        if self.total.steps:
-            rate = self.total.sequences * world_size / self.total.seconds
-            data.update(raw_train_time=self.total.seconds, training_sequences_per_second=rate)
-            words.append(f"{rate:.1f} sequences/s over {self.total.steps} measured steps")
+        if measured.steps:
+            values = measures(measured, self.peak)
+            data.update(raw_train_time=measured.seconds, **values)
+            mfu = f" ({100 * values['mfu']:.1f} % MFU)" if "mfu" in values else ""
+            words.append(f"{values['training_sequences_per_second']:.1f} sequences/s{mfu} over {measured.steps} measured steps")
         self.log.log((), data)
         self.say("%s, %.0f s in all", ", ".join(words), data["e2e_train_time"])
 
@@ -175,3 +195,25 @@ class Reporter:
         if self.board is not None:
             self.board.close()
         self.log.close()
+
+
+def measures(window: Window, peak: float | None) -> dict[str, Any]:
+    """How fast and where the time went, in the keys of the run log. ``peak``: FLOP/s of one device."""
+    slow = window.straggler
+    return {
+        "training_sequences_per_second": window.rate(window.sequences),
+        "tokens_per_second": window.rate(window.tokens),
+        "tflops_per_device": window.flops_per_device / 1e12,
+        **({} if peak is None else {"mfu": window.flops_per_device / peak}),
+        "data_wait_share": window.shares["data"],
+        **{f"share_{part}": window.shares[part] for part in PARTS},
+        "memory_gib": window.memory_gib,
+        **({} if slow is None else {"slowest_rank": slow.rank, "slowest_rank_ratio": slow.ratio}),
+    }
+
+
+def peak_of(options: Options, device: torch.device) -> float | None:
+    """FLOP/s of one device at most: --peak_tflops, or what is known of the GPU."""
+    if options.peak_tflops is not None:
+        return options.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(device), options.precision) if device.type == "cuda" else None

@@ -19,7 +19,7 @@ class RunState:
     """Where a run stands. ``offset`` is the phase-1 end step in phase 2, 0 in phase 1.
 
     ``phase_step`` counts optimizer updates that were made; ``samples`` is the number of stream samples consumed, including those of skipped
-    steps; ``skipped`` counts steps whose gradient was not finite.
+    steps; ``skipped`` counts steps whose gradient was not finite; ``rollbacks`` how often the run went back to a checkpoint because of those.
     """
 
     phase: int
@@ -28,6 +28,7 @@ class RunState:
     samples: int = 0
     skipped: int = 0
     consecutive_skips: int = 0
+    rollbacks: int = 0
 
     @property
     def step(self) -> int:

@@ -1,22 +1,19 @@
 """One optimizer step: forward and backward over all micro-batches, one reduction, one update.
 
 The loss is the sum over the rank's micro-batches divided by counts of the *global* batch, so the gradient is that of the mean
-over the global batch however the batch is cut. DistributedDataParallel averages over ranks, hence the factor ``world_size``.
+over the global batch however the batch is cut. Reduction averages over ranks, hence the factor ``world_size``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from berth.training.batches import MicroBatch, StepBatch
-from berth.training.distributed import Communicator
+from berth.training.metrics import StepClock
+from berth.training.parallel import Parallel
 from berth.training.precision import Precision
 
 
@@ -28,101 +25,80 @@ class Schedule(Protocol):
 
 @dataclasses.dataclass
 class LossSums:
-    """Summed shares of the loss on this rank since the last report; tensors, so that a GPU is not waited for."""
+    """This rank's shares of the step's losses and its correctly predicted tokens; tensors, so that a GPU is not waited for."""
 
     mlm: torch.Tensor
     nsp: torch.Tensor
+    correct: torch.Tensor
 
     @classmethod
     def zeros(cls, device: torch.device) -> LossSums:
         """Nothing yet."""
-        return cls(torch.zeros((), device=device), torch.zeros((), device=device))
+        return cls(*(torch.zeros((), device=device) for _ in range(3)))
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one step did: this rank's share of the global losses (0-dim tensors), the global gradient norm before clipping, the
-    learning rate, and whether the update was skipped because a gradient was not finite."""
+    """What one step did: this rank's share of the global losses and its correctly predicted masked tokens (0-dim tensors), the global
+    gradient norm before clipping, the learning rate, whether the update was skipped because a gradient was not finite, and which were
+    not, as (name, 'nan' or 'inf')."""
 
     mlm_loss: torch.Tensor
     nsp_loss: torch.Tensor
+    mlm_correct: torch.Tensor
     grad_norm: float
     learning_rate: float
     skipped: bool
+    nonfinite: list[tuple[str, str]]
 
 
 class TrainingStep:
-    """Runs optimizer steps. ``model`` is the bare module; it is wrapped for data parallelism here when there are several ranks.
+    """Runs optimizer steps on a spread model.
 
     Args:
-        global_norm: 2-norm of all gradients together, as a 0-dim tensor.
-        clip_norm: gradients are scaled to this global norm before the update; 0 = off. Used only when the optimizer does not clip
-            by itself (``clips_itself``; LAMB does).
-        reduce_fp16: send gradients as fp16 between ranks.
+        clip_norm: gradients are scaled to this global norm before the update; 0 = off.
+        clock: learns which part of a step time goes to.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        schedule: Schedule,
-        precision: Precision,
-        communicator: Communicator,
-        *,
-        global_norm: Callable[[list[torch.Tensor]], torch.Tensor],
-        clips_itself: bool,
-        clip_norm: float = 1.0,
-        reduce_fp16: bool = False,
-    ) -> None:
-        self.optimizer, self.schedule, self.precision = optimizer, schedule, precision
-        self.communicator, self.device = communicator, communicator.device
-        self.global_norm, self.clips_itself, self.clip_norm = global_norm, clips_itself, clip_norm
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.model: nn.Module = model
+    def __init__(self, parallel: Parallel, schedule: Schedule, precision: Precision, clock: StepClock, *, clip_norm: float = 1.0) -> None:
+        self.parallel, self.schedule, self.precision = parallel, schedule, precision
+        self.clock, self.clip_norm = clock, clip_norm
+        self.device, self.world_size = parallel.communicator.device, parallel.communicator.world_size
         self._settled = False
-        if communicator.world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.model = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
-            if reduce_fp16:
-                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-
-                self.model.register_comm_hook(None, fp16_compress_hook)
 
     def __call__(self, batch: StepBatch, step: int, masked: int, sequences: int) -> StepResult:
-        """Do optimizer step ``step`` (1-based, sets the learning rate) on this rank's share ``batch``.
+        """Do optimizer step ``step`` (1-based, sets the learning rate) on this rank's share ``batch``. Collective.
 
         ``masked`` and ``sequences`` count the masked tokens and sequences of the global batch.
         """
-        self.model.train()
-        if isinstance(self.model, DistributedDataParallel) and not self._settled:
-            self._settle(batch.micro_batches[0], masked, sequences)
+        self.parallel.module.train()
+        self._settle(batch.micro_batches[0], masked, sequences)
         losses = LossSums.zeros(self.device)
         last = len(batch.micro_batches) - 1
         for number, micro in enumerate(batch.micro_batches):
-            with self._synchronised(number == last):
+            with self.parallel.micro_batch(number == last):
                 self._forward_backward(micro.to(self.device), losses, masked, sequences)
-        return self._update(losses, step)
+        self.clock.enter("optimizer")
+        rate = self.schedule.apply(self.parallel.optimizer, step)
+        scaler = self.precision.scaler
+        update = self.parallel.update(scaler.scale, self.clip_norm)
+        scaler.update(overflow=not update.finite)
+        self.clock.enter("other")
+        return StepResult(losses.mlm, losses.nsp, losses.correct, update.norm, rate, not update.finite, update.nonfinite)
 
     def _settle(self, micro: MicroBatch, masked: int, sequences: int) -> None:
-        """One backward pass that counts for nothing, so that a resumed run adds gradients up in the order of the run it continues.
-
-        DistributedDataParallel lays its buckets out anew after the first backward pass. A gradient's place in its bucket decides in which
-        order the ranks' shares are added, so that with more than two ranks the first step of a process would differ in the last bits.
-        """
+        if self._settled:
+            return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            self._forward_backward(micro.to(self.device), LossSums.zeros(self.device), masked, sequences)
-        self.optimizer.zero_grad(set_to_none=False)
+            there = micro.to(self.device)
+            self.parallel.settle(lambda: self._forward_backward(there, LossSums.zeros(self.device), masked, sequences))
         self._settled = True
 
-    def _synchronised(self, boundary: bool) -> contextlib.AbstractContextManager[Any]:
-        if isinstance(self.model, DistributedDataParallel) and not boundary:
-            return self.model.no_sync()
-        return contextlib.nullcontext()
-
     def _forward_backward(self, micro: MicroBatch, losses: LossSums, masked: int, sequences: int) -> None:
+        self.clock.enter("forward")
         with self.precision.autocast():
-            output = self.model(
+            output = self.parallel.module(
                 input_ids=micro.input_ids,
                 attention_mask=micro.attention_mask,
                 token_type_ids=micro.token_type_ids,
@@ -131,36 +107,17 @@ class TrainingStep:
                 mlm_denominator=max(masked, 1),
                 **self._nsp_arguments(micro, sequences),
             )
-        (output.loss * (self.precision.scaler.scale * self.communicator.world_size)).backward()
-        self._account(output, losses)
+        self._account(output, micro, losses)
+        self.clock.enter("backward")
+        self.parallel.backward(output.loss * (self.precision.scaler.scale * self.world_size))
 
-    def _account(self, output: Any, losses: LossSums) -> None:
+    def _account(self, output: Any, micro: MicroBatch, losses: LossSums) -> None:
         losses.mlm += output.mlm_loss.detach()
         losses.nsp += output.nsp_loss.detach()
+        losses.correct += count_correct(output.prediction_logits.detach(), micro)
 
     def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
         return {"next_sentence_label": micro.next_sentence_label, "nsp_denominator": sequences}
-
-    @torch.no_grad()
-    def _update(self, losses: LossSums, step: int) -> StepResult:
-        rate = self.schedule.apply(self.optimizer, step)
-        scaler = self.precision.scaler
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        if scaler.scale != 1.0:
-            torch._foreach_mul_(gradients, 1.0 / scaler.scale)
-        norm_tensor = self.global_norm(gradients)
-        norm = float(norm_tensor)
-        finite = norm == norm and norm != float("inf")
-        if finite:
-            if self.clips_itself:
-                self.optimizer.step(grad_norm=norm_tensor)  # type: ignore[call-overload]
-            else:
-                if self.clip_norm and norm > self.clip_norm:
-                    torch._foreach_mul_(gradients, self.clip_norm / norm)
-                self.optimizer.step()
-        scaler.update(overflow=not finite)
-        self.optimizer.zero_grad(set_to_none=not isinstance(self.model, DistributedDataParallel))
-        return StepResult(losses.mlm, losses.nsp, norm, rate, skipped=not finite)
 
 
 class MaskedLmTrainingStep(TrainingStep):
@@ -169,5 +126,17 @@ class MaskedLmTrainingStep(TrainingStep):
     def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
         return {}
 
-    def _account(self, output: Any, losses: LossSums) -> None:
+    def _account(self, output: Any, micro: MicroBatch, losses: LossSums) -> None:
         losses.mlm += output.loss.detach()
+        losses.correct += count_correct(output.logits.detach(), micro)
+
+
+def count_correct(logits: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
+    """How many masked tokens have the largest logit (0-dim). ``logits`` [M, V], or [B, S, V] of every position."""
+    if logits.dim() == 3:
+        logits = logits.flatten(0, 1)[micro.masked_index]
+    labels = micro.labels.flatten()[micro.masked_index]
+    if logits.device.type == "cpu":  # argmax reads at half the speed of amax there: only where the label may be it
+        likely = logits.gather(1, labels[:, None]).squeeze(1) >= logits.amax(1)
+        logits, labels = logits[likely], labels[likely]
+    return (logits.argmax(1) == labels).sum()

@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
@@ -19,7 +19,7 @@ class StopRequest:
         self.signal_number = 0
 
     def install(self) -> None:
-        """Handle SIGINT, SIGTERM and SIGUSR1 from now on (main thread only)."""
+        """Handle SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 from now on (main thread only)."""
         for number in SIGNALS:
             signal.signal(number, self._remember)
 
@@ -32,5 +32,5 @@ class StopRequest:
 
 
 def exit_code(signal_number: int) -> int:
-    """128 + signal, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM."""
+    """128 + signal, as a shell reports it: 130 after Ctrl-C, 143 after SIGTERM, 138 and 140 after SIGUSR1 and SIGUSR2."""
     return 128 + signal_number

@@ -383,7 +383,7 @@ def test_tensorboard_and_a_log_elsewhere(project):
         ({"max_seq_length": 64}, 1, "--max_seq_length is 64"),
         ({"max_predictions_per_seq": 6}, 1, "--max_predictions_per_seq is 6"),
         ({"nonsense": 1}, 2, "unrecognized arguments: --nonsense"),
-        ({"deepspeed_zero_stage": True}, 2, "optimizer sharding is not implemented"),
+        ({"shard": "zero1", "deepspeed": True}, 2, "--shard zero1 and --deepspeed exclude each other"),
         ({"phase2": True}, 2, "--phase2 needs weights"),
         ({"init_checkpoint": "/nonexistent.pt"}, 1, "/nonexistent.pt"),
     ],

@@ -18,9 +18,9 @@ from optimization import (
     Lamb,
     LinearWarmUp,
     PolyWarmUp,
-    _chunks,
     _cpu_norm,
     adamw,
+    chunks,
     make_schedule,
     parameter_groups,
     set_step,
@@ -390,9 +390,8 @@ def test_chunks_respect_kind_and_size(monkeypatch):
     monkeypatch.setattr("optimization._CHUNK_ELEMENTS", 10)
     sizes = [4, 4, 4, 30, 1]
     pairs = [(torch.zeros(n), torch.zeros(n)) for n in sizes] + [(torch.zeros(2).half(), torch.zeros(2).half())]
-    chunks = list(_chunks(pairs))
-    assert [[p.numel() for p, _ in chunk] for chunk in chunks] == [[4, 4], [4], [30], [1], [2]]
-    assert list(_chunks([])) == []
+    assert [[p.numel() for p, _ in chunk] for chunk in chunks(pairs)] == [[4, 4], [4], [30], [1], [2]]
+    assert list(chunks([])) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- groups
@@ -542,3 +541,14 @@ def test_registry_covers_every_schedule_at_every_step():
             rates = [make_schedule(name, 1.0, warmup, steps).lr(t) for t in range(1, steps + 1)]
             assert all(0.0 <= rate <= 1.0 for rate in rates)
     assert ConstantWarmUp(1.0, 0.0, 1).lr(1) == 1.0
+
+
+def test_lamb_state_is_the_same_after_it_was_loaded():
+    """Keys and their values: a checkpoint of a resumed run must not differ from that of the run it resumed."""
+    parameter = nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    first, second = Lamb([parameter]), Lamb([nn.Parameter(torch.ones(3))])
+    first.step()
+    second.load_state_dict(first.state_dict())
+    second.load_state_dict(second.state_dict())
+    assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]

@@ -19,6 +19,7 @@ def test_format_is_dllogger(tmp_path):
     records = [json.loads(line[5:]) for line in lines]
     units = {record["metric"]: record["metadata"]["unit"] for record in records if record["type"] == "METADATA"}
     assert units["training_sequences_per_second"] == "sequences/s" and units["e2e_train_time"] == "s"
+    assert (units["tflops_per_device"], units["memory_gib"], units["mfu"]) == ("TFLOP/s", "GiB", "")
     logs = [record for record in records if record["type"] == "LOG"]
     assert [record["step"] for record in logs] == ["PARAMETER", [0, 1], []]
     assert all({"timestamp", "datetime", "elapsedtime"} <= record.keys() for record in records)

@@ -147,7 +147,7 @@ def test_signals_end_everything(tmp_path, number, code, message):
         os.killpg(child.pid, number)  # as a terminal does
     else:
         child.send_signal(number)
-    _, error = child.communicate(timeout=20)
+    _, error = child.communicate(timeout=60)
     assert child.returncode == code and message in error and "Traceback" not in error
     end = time.monotonic() + 5
     while time.monotonic() < end and any(map(alive, workers)):

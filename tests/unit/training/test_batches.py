@@ -1,6 +1,7 @@
 """Cutting the stream into micro-batches: labels, padding, and the same samples however it is cut."""
 
 import itertools
+import zlib
 
 import numpy as np
 import pytest
@@ -8,8 +9,9 @@ import torch
 
 from berth.errors import DataError
 from berth.records.reader import SampleStream, open_index
-from berth.training.batches import BatchPlan, step_batches, to_micro_batch
-from tests.support import SEQ_LENGTH, VOCAB_SIZE, make_project
+from berth.training.batches import BatchPlan, combined_crc, step_batches, to_micro_batch
+from tests.support import SEQ_LENGTH, VOCAB_SIZE, make_project, write_records
+from tests.unit.records.test_layouts import arrays, bins, pack
 
 
 @pytest.fixture
@@ -47,7 +49,10 @@ def test_every_cut_takes_the_same_samples(stream, world, micro, accumulation):
         wanted = [tuple(row) for row in stream.rows(first, 24).input_ids]
         assert sorted(taken) == sorted(wanted)
         assert sum(step.masked for step in steps) == int((stream.rows(first, 24).masked_lm_positions > 0).sum())
-        assert sum(step.tokens for step in steps) == int(stream.rows(first, 24).input_mask.sum())
+        lengths = stream.rows(first, 24).input_mask.sum(axis=1, dtype=np.int64)
+        assert sum(step.tokens for step in steps) == int(lengths.sum())
+        assert sum(step.squares for step in steps) == sum(int(length) ** 2 for length in lengths)
+        assert combined_crc([step.checksum for step in steps], steps[0].bytes) == zlib.crc32(np.array(wanted, np.int32).tobytes())
         assert all(len(step.micro_batches) == accumulation for step in steps)
 
 
@@ -114,3 +119,42 @@ def test_a_masked_position_in_the_padding_is_refused(stream):
     short.masked_lm_positions[0, 0] = SEQ_LENGTH - 1
     with pytest.raises(DataError, match="masked position lies behind"):
         to_micro_batch(short)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """The same 300 rows as padded, packed and binned records."""
+    root = tmp_path_factory.mktemp("layouts")
+    write_records(root / "padded" / "a_training_0.hdf5", 300, 0)
+    data = arrays(root / "padded" / "a_training_0.hdf5")
+    (root / "packed").mkdir()
+    pack(root / "packed" / "a_training_0.hdf5", data, 0, 300)
+    bins(root / "binned", data)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed", "binned"])
+def test_the_checksum_does_not_depend_on_the_number_of_ranks(layouts, layout):
+    """Steps of one bin, mixed ones at the end of an epoch, and one across epochs: equal for every cut, and that of the padded rows."""
+    index = open_index(layouts / layout, "training")
+    widths, found = set(), set()
+    for first in range(0, 360, 24):
+        whole = SampleStream(index, 3, VOCAB_SIZE, group=24).rows(first, 24).fitted(SEQ_LENGTH, 5)
+        wanted = zlib.crc32(whole.input_ids.astype("<i4").tobytes())
+        for world in (1, 2, 4, 8):
+            stream = SampleStream(index, 3, VOCAB_SIZE, group=24)
+            steps = [BatchPlan(24, 24 // world, 1, rank, world).build(stream, first) for rank in range(world)]
+            assert combined_crc([step.checksum for step in steps], steps[0].bytes) == wanted, (first, world)
+            widths.add(len({stream.rows(first + rank * 24 // world, 24 // world).input_ids.shape[1] for rank in range(world)}))
+        found.add(wanted)
+    assert len(found) == 15
+    assert (max(widths) > 1) == (layout == "binned"), "ranks read rows of different widths only where there are bins"
+
+
+def test_the_checksum_is_of_the_rows_and_their_order(layouts):
+    padded, packed = (SampleStream(open_index(layouts / name, "training"), 0, VOCAB_SIZE, shuffle=False) for name in ("padded", "packed"))
+    one, other = (BatchPlan(24, 24, 1, 0, 1).build(stream, 0) for stream in (padded, packed))
+    assert one.checksum == other.checksum, "the same rows, however they are stored"
+    halves = [BatchPlan(24, 12, 1, rank, 2).build(padded, 0) for rank in range(2)]
+    assert combined_crc([halves[1].checksum, halves[0].checksum], halves[0].bytes) != one.checksum
+    assert combined_crc([one.checksum], one.bytes) == one.checksum and combined_crc([], 0) == 0

@@ -4,13 +4,14 @@ import errno
 import json
 import logging
 import os
+import resource
 
 import pytest
 import torch
 
 from berth import files
 from berth.errors import CheckpointError
-from berth.training.checkpoint import CheckpointStore, read_checkpoint
+from berth.training.checkpoint import CheckpointStore, Entry, read_checkpoint
 
 
 def save(store, step, phase=1, final=False, value=None):
@@ -118,6 +119,116 @@ def test_full_disk_keeps_what_was_there(store, monkeypatch):
         save(store, 10)
     assert sorted(os.listdir(store.folder)) == before
     assert newest(store)[1].step == 5
+
+
+def latest(store):
+    path = store.folder / "latest"
+    return path.read_text() if path.exists() else None
+
+
+def test_latest_names_the_newest_good_checkpoint(store):
+    assert latest(store) is None
+    for step in (5, 10, 15):
+        save(store, step)
+        assert latest(store) == f"ckpt_{step}.pt\n"
+    again = CheckpointStore(store.folder, keep=1)
+    again.pass_over(again.entries()[-1], CheckpointError("damaged"))
+    assert latest(again) == "ckpt_10.pt\n"
+    save(again, 7, value=-1)  # sets 10 and the damaged 15 aside, rotates 5 out
+    assert latest(again) == "ckpt_7.pt\n" and [path.name for path in store.folder.glob("ckpt*.pt")] == ["ckpt_7.pt"]
+    with pytest.raises(CheckpointError, match="every checkpoint"):
+        again.pass_over(again.entries()[-1], CheckpointError("damaged"))
+    assert latest(again) is None
+    store._lock.release()
+    CheckpointStore(store.folder).prepare()  # somebody put things right
+    assert latest(store) == "ckpt_7.pt\n"
+
+
+def test_latest_that_cannot_be_written_costs_a_warning_only(store, caplog, monkeypatch):
+    save(store, 5)
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith("latest"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    save(store, 10)
+    assert steps(store) == [5, 10] and latest(store) is None and "latest could not be brought up to date" in caplog.text
+
+
+def test_what_cannot_fit_is_not_begun(store, monkeypatch):
+    save(store, 5)
+    before = {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()}
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 201}))  # 50 floats are 200 bytes, 202 with the rest
+    monkeypatch.setattr("berth.training.checkpoint.torch.save", None)
+    with pytest.raises(CheckpointError, match=r"No space left on device: 200 B are needed, 201 B are free\); ckpt_5.pt is intact"):
+        save(store, 10)
+    assert {path.name: path.stat().st_mtime_ns for path in store.folder.iterdir()} == before
+
+
+def test_tied_weights_count_and_are_stored_once(store, monkeypatch):
+    weight = torch.arange(1000.0)
+    monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 4040}))
+    path = store.save(
+        {"model": {"a": weight, "b": weight[:10], "c": [weight]}}, step=1, phase=1, phase_step=1, samples=8, final=False
+    )  # fmt: skip
+    assert path.stat().st_size < 6500
+
+
+def test_a_write_that_breaks_off_says_what_the_disk_said(store):
+    """A real refusal in the middle of the file: torch itself reports a position in a zip."""
+    save(store, 5)
+    before = sorted(os.listdir(store.folder))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"ckpt_10.pt could not be written \(\[Errno 27\] File too large\); ckpt_5.pt is intact"):
+            store.save({"model": {"w": torch.zeros(10**6)}}, step=10, phase=1, phase_step=10, samples=80, final=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(store.folder)) == before and newest(store)[1].step == 5
+
+
+def test_an_unlisted_file_is_held_against_its_own_crcs(store):
+    path = save(store, 5)
+    (store.folder / "manifest.json").unlink()
+    data = bytearray(path.read_bytes())
+    at = data.index(torch.full((50,), 5.0).numpy().tobytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    again = CheckpointStore(store.folder)
+    with pytest.raises(CheckpointError, match=r"ckpt_5.pt is damaged: .*data/0 in it does not match its CRC"):
+        again.load(again.entries()[0])
+
+
+def test_a_manifest_with_values_of_the_wrong_type_is_no_manifest(store, caplog):
+    save(store, 5)
+    path = store.folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["checkpoints"][0]["phase"] = "1"
+    path.write_text(json.dumps(manifest))
+    assert [entry.sha256 for entry in CheckpointStore(store.folder).entries()] == [""]
+    assert "phase of the wrong type" in caplog.text
+
+
+def test_going_back_keeps_the_configuration(store, monkeypatch):
+    for step in (5, 10):
+        store.save({"model": {}, "config": {"hidden_size": 8}}, step=step, phase=1, phase_step=step, samples=step, final=False)
+    again = CheckpointStore(store.folder)
+    monkeypatch.setattr(again, "_enter", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save(again, 5)
+    manifest = json.loads((store.folder / "manifest.json").read_text())
+    assert manifest["config"] == {"hidden_size": 8} and manifest["checkpoints"] == []
+
+
+def test_a_file_that_has_gone_is_a_checkpoint_error(store):
+    save(store, 5).unlink()
+    entry = Entry("ckpt_5.pt", 5, 1, 5, 40, "0" * 64, 10, False, False)
+    with pytest.raises(CheckpointError, match="ckpt_5.pt does not exist"):
+        store.load(entry)
 
 
 def test_leftovers_are_removed_at_the_start(store):

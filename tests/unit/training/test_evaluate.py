@@ -69,6 +69,25 @@ def test_processes_share_the_rows(index, model, monkeypatch):
     assert sums[0] == pytest.approx(sums[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(("world_size", "in_memory", "batch", "passes"), [(3, 16, 8, 3), (4, 40, 3, 4), (8, 9, 2, 5), (2, 40, 64, 1)])
+def test_every_process_makes_as_many_passes(index, model, monkeypatch, world_size, in_memory, batch, passes):
+    """40 rows, ``in_memory`` at once: the last part may leave a process without a row of its own."""
+    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", in_memory)
+    held_out = evaluate.HeldOut(index, VOCAB_SIZE)
+    alone = OneOf(0, 1)
+    held_out.evaluate(model, PRECISION, alone, batch)
+    places, calls, rows = [OneOf(rank, world_size) for rank in range(world_size)], [], []
+    hook = model.register_forward_hook(lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True)
+    for place in places:
+        seen = []
+        held_out.evaluate(model, PRECISION, place, batch)
+        calls.append(len(seen))
+        rows.append(sum(seen))
+    hook.remove()
+    assert calls == [passes] * world_size
+    assert sum(rows) >= 40 and np.sum([place.sent for place in places], axis=0) == pytest.approx(alone.sent, rel=1e-5)
+
+
 def test_rows_without_sentence_labels(index):
     rows = SampleStream(index, 0, VOCAB_SIZE, shuffle=False).rows(0, 40)
     bare = dataclasses.replace(rows, next_sentence_labels=np.full(40, NO_LABEL, np.int8))

@@ -74,7 +74,7 @@ def test_missing_files_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [("learning_rate", "-1"), ("loss_scale", "-1"), ("seed", "-1"), ("num_workers", "-1"), ("weight_decay", "inf"), ("max_grad_norm", "nan"),
-     ("loss_scale", "inf"), ("seed", str(2**70)), ("timeout_min", "1e300"), ("lr_decay_rate", "1.5"), ("lr_offset", "-1")],
+     ("loss_scale", "inf"), ("dead_rank_s", "0.1"), ("peak_tflops", "0"), ("max_rollbacks", "-1"), ("scale_growth_interval", "0"), ("seed", str(2**70)), ("timeout_min", "1e300"), ("lr_decay_rate", "1.5"), ("lr_offset", "-1")],
 )  # fmt: skip
 def test_numbers_out_of_range(required, name, value):
     with pytest.raises(ConfigError, match=f"--{name} is "):
@@ -100,3 +100,29 @@ def test_dynamic_masking_needs_the_vocabulary(required, tmp_path):
     vocabulary.touch()
     options = parse_options([*required, "--dynamic_masking", "--vocab_file", str(vocabulary), "--masked_lm_prob", "0.3"])
     assert options.dynamic_masking and options.masked_lm_prob == 0.3 and not options.whole_word_mask
+
+
+def test_sharding_and_reduction(required, tmp_path):
+    options = parse_options(required)
+    assert (options.sharding, options.reduce_dtype, options.uses_deepspeed) == ("none", "fp32", False)
+    assert parse_options([*required, "--allreduce_post_accumulation_fp16"]).reduce_dtype == "fp16"
+    assert parse_options([*required, "--reduce_dtype", "bf16", "--shard", "zero2"]).sharding == "zero2"
+    for words in (["--deepspeed"], ["--deepspeed_zero_stage", "3"], ["--deepspeed_zero_stage"]):  # alone it means 1, as in ORT's script
+        options = parse_options([*required, *words])
+        assert (options.sharding, options.uses_deepspeed) == ("deepspeed", True)
+    assert options.deepspeed_zero_stage == 1
+    with pytest.raises(ConfigError) as caught:
+        parse_options(
+            [
+                *required,
+                "--shard",
+                "zero1",
+                "--deepspeed",
+                str(tmp_path / "no.json"),
+                "--reduce_dtype",
+                "bf16",
+                "--allreduce_post_accumulation_fp16",
+            ]
+        )
+    for words in ("--shard zero1 and --deepspeed exclude", "no.json does not exist", "contradicts --reduce_dtype bf16"):
+        assert words in str(caught.value)

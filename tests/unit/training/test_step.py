@@ -3,6 +3,7 @@
 import copy
 import datetime
 import math
+import types
 
 import numpy as np
 import pytest
@@ -12,11 +13,14 @@ import torch.nn.functional as F
 import modeling
 import optimization
 from berth.records.reader import SampleStream, open_index
+from berth.training.backends import choose
 from berth.training.batches import BatchPlan
 from berth.training.distributed import Communicator, Rank
 from berth.training.evaluate import HeldOut
+from berth.training.metrics import StepClock
+from berth.training.parallel import Recipe, Replicated
 from berth.training.precision import make_precision
-from berth.training.step import MaskedLmTrainingStep, TrainingStep
+from berth.training.step import MaskedLmTrainingStep, TrainingStep, count_correct
 from tests.support import TINY, VOCAB_SIZE, make_project
 
 CONFIG = modeling.BertConfig.from_dict({**TINY, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
@@ -31,14 +35,13 @@ def stream(tmp_path):
 def build(kind=modeling.BertForPreTraining, optimizer="lamb", precision="fp32", loss_scale=0.0, clip=1.0):
     torch.manual_seed(0)
     model = kind(CONFIG)
-    groups = optimization.parameter_groups(model)
-    made = optimization.Lamb(groups, lr=1e-2, max_grad_norm=clip) if optimizer == "lamb" else optimization.adamw(groups, lr=1e-2)
+    choice = choose("berth", device=torch.device("cpu"), optimizer=optimizer, sharding="none", precision=precision)
+    clock = StepClock(torch.device("cpu"))
+    parallel = Replicated(model, ALONE, clock, Recipe(optimizer, 1e-2, 0.01, clip, choice))
     schedule = optimization.make_schedule("poly", 1e-2, 0.1, 20)
     mode = make_precision(precision, "cpu", loss_scale, 2.0**10, 1.0)
     step_kind = TrainingStep if kind is modeling.BertForPreTraining else MaskedLmTrainingStep
-    return model, step_kind(
-        model, made, schedule, mode, ALONE, global_norm=optimization.global_norm, clips_itself=optimizer == "lamb", clip_norm=clip
-    )
+    return model, step_kind(parallel, schedule, mode, clock, clip_norm=clip)
 
 
 def run(step, stream, micro, accumulation, steps=3):
@@ -69,7 +72,7 @@ def test_the_gradient_is_that_of_the_plain_mean(stream):
     reference = copy.deepcopy(model)
     batch = BatchPlan(24, 4, 6, 0, 1).build(stream, 0)
     seen = {}
-    step.optimizer.step = lambda **_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    step.parallel.optimizer.step = lambda **_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
     step(batch, 1, batch.masked, 24)
     reference.dense_sequence_output = False
     total_mlm, total_nsp = 0.0, 0.0
@@ -99,16 +102,17 @@ def test_a_gradient_that_is_not_finite_skips_the_update(stream, optimizer):
     model, step = build(optimizer=optimizer, precision="fp16")
     run(step, stream, 24, 1, steps=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = copy.deepcopy(step.optimizer.state_dict())
+    state = copy.deepcopy(step.parallel.optimizer.state_dict())
     scale = step.precision.scaler.scale
     hook = model.bert.embeddings.LayerNorm.weight.register_hook(lambda gradient: gradient * float("inf"))
     batch = BatchPlan(24, 24, 1, 0, 1).build(stream, 0)
     result = step(batch, 2, batch.masked, 24)
     hook.remove()
     assert result.skipped and not math.isfinite(result.grad_norm)
+    assert result.nonfinite == [("bert.embeddings.LayerNorm.weight", "inf")]
     assert step.precision.scaler.scale == scale / 2
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    now = step.optimizer.state_dict()
+    now = step.parallel.optimizer.state_dict()
     assert [g.get("step") for g in now["param_groups"]] == [g.get("step") for g in state["param_groups"]]
     for key, values in now["state"].items():
         assert all(torch.equal(values[name], state["state"][key][name]) for name in ("exp_avg", "exp_avg_sq"))
@@ -118,8 +122,8 @@ def test_a_gradient_that_is_not_finite_skips_the_update(stream, optimizer):
 def test_adamw_clips_to_the_norm(stream):
     seen = []
     model, step = build(optimizer="adamw", clip=0.01)
-    original = step.optimizer.step
-    step.optimizer.step = lambda: (
+    original = step.parallel.optimizer.step
+    step.parallel.optimizer.step = lambda: (
         seen.append(float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))), original()
     )  # fmt: skip
     result = run(step, stream, 24, 1, steps=1)[0]
@@ -133,7 +137,7 @@ def test_low_precision_stays_close(stream, precision):
     for one, other in zip(run(exact, stream, 24, 1), run(low, stream, 24, 1), strict=True):
         assert not other.skipped
         assert float(other.mlm_loss) == pytest.approx(float(one.mlm_loss), rel=0.02)
-    assert all(p.dtype == torch.float32 for p in low.parameters)
+    assert all(p.dtype == torch.float32 for p in low.parallel.plain.parameters())
 
 
 def test_masked_lm_alone(stream):
@@ -149,6 +153,8 @@ def test_a_micro_batch_without_masks_does_no_harm(stream):
     rows.masked_lm_positions[:12] = 0
 
     class Fixed:
+        index = stream.index
+
         def rows(self, first, count):
             return rows
 
@@ -157,6 +163,25 @@ def test_a_micro_batch_without_masks_does_no_harm(stream):
     result = step(batch, 1, batch.masked, 24)
     assert not result.skipped and math.isfinite(float(result.mlm_loss))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_correct_tokens_are_those_with_the_largest_logit(stream):
+    model, step = build()
+    batch = BatchPlan(24, 8, 3, 0, 1).build(stream, 0)
+    correct = 0
+    with torch.no_grad():
+        for compact in batch.micro_batches:
+            micro = compact.to(torch.device("cpu"))
+            logits = model(input_ids=micro.input_ids, attention_mask=micro.attention_mask, token_type_ids=micro.token_type_ids)
+            picked = logits.prediction_logits[micro.labels != -100]
+            correct += int((picked.argmax(-1) == micro.labels[micro.labels != -100]).sum())
+    assert int(step(batch, 1, batch.masked, 24).mlm_correct) == correct
+
+
+def test_a_tie_is_decided_as_argmax_does():
+    labels = torch.tensor([[0, 1, 2]])
+    micro = types.SimpleNamespace(labels=labels, masked_index=torch.arange(3))
+    assert int(count_correct(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]), micro)) == 2
 
 
 @pytest.mark.parametrize("kind", [modeling.BertForPreTraining, modeling.BertForMaskedLM])
