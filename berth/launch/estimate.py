@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from berth.launch.matrix import SIXTEEN_BIT, Matrix, PhaseRecipe, Platform, Published, Row
 from berth.flops import step_flops
+from berth.launch.matrix import SIXTEEN_BIT, Matrix, PhaseRecipe, Platform, Published, Row
 
 RESERVE_GB = 1.0  # CUDA context, NCCL buffers, cuBLAS workspaces, fragmentation
 VOCABULARY_MULTIPLE = 8  # run_pretraining.py pads the vocabulary to this

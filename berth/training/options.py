@@ -427,7 +427,17 @@ def _problems(options: Options) -> list[str]:
     for name in at_least_one:
         value = getattr(options, name)
         rule(value is None or value >= 1, f"--{name} is {value}, it must be at least 1")
-    for name in ("num_workers", "max_rollbacks", "eval_freq", "eval_samples", "max_grad_norm", "weight_decay", "loss_scale", "seed", "lr_offset"):
+    for name in (
+        "num_workers",
+        "max_rollbacks",
+        "eval_freq",
+        "eval_samples",
+        "max_grad_norm",
+        "weight_decay",
+        "loss_scale",
+        "seed",
+        "lr_offset",
+    ):
         value = getattr(options, name)
         rule(0 <= value < float("inf"), f"--{name} is {value}, it must be finite and not negative")
     for name in ("learning_rate", "init_loss_scale", "min_loss_scale", "lr_warmup_degree"):
@@ -438,7 +448,10 @@ def _problems(options: Options) -> list[str]:
     rule(0 < options.timeout_min <= 10080, f"--timeout_min is {options.timeout_min}, it must be above 0 and at most 10080 (a week)")
     rule(1 <= options.dead_rank_s <= 86400, f"--dead_rank_s is {options.dead_rank_s}, it must be between 1 and 86400 (a day)")
     rule(options.peak_tflops is None or 0 < options.peak_tflops < 1e9, f"--peak_tflops is {options.peak_tflops}, it must be positive")
-    rule(not options.uses_deepspeed or options.shard == "none", f"--shard {options.shard} and --deepspeed exclude each other; give one of them")
+    rule(
+        not options.uses_deepspeed or options.shard == "none",
+        f"--shard {options.shard} and --deepspeed exclude each other; give one of them",
+    )
     rule(not options.deepspeed or Path(options.deepspeed).is_file(), f"--deepspeed {options.deepspeed} does not exist")
     rule(0 <= options.warmup_proportion <= 1, f"--warmup_proportion is {options.warmup_proportion}, it is a share between 0 and 1")
     prob = options.masked_lm_prob

@@ -1,7 +1,7 @@
 """A model spread over ranks: what a training step and a checkpoint need of it, whatever the way it is spread.
 
 :class:`Parallel` is the interface, :class:`Native` what all ways but DeepSpeed's share, :class:`Replicated` the plain one: every rank holds
-everything, DistributedDataParallel reduces gradients. The others are in :mod:`berth.training.sharded` and :mod:`berth.training.deepspeed`.
+everything, DistributedDataParallel reduces gradients. The others are in :mod:`berth.training.sharded` and :mod:`berth.training.ds_engine`.
 
 Gradients are summed over micro-batches in fp32 where they arise, and reduced once, with the last micro-batch. The loss is divided by counts of
 the global batch and multiplied by the number of ranks, because reduction averages. State leaves and enters whole: the tensors of one
@@ -128,7 +128,7 @@ class Native(Parallel):
     def add_over_ranks(self, counts: Tensor) -> Tensor:
         """Sum of ``counts`` over ranks that hold different pieces; as it is where all hold everything."""
 
-    def after_update(self) -> None:  # noqa: B027
+    def after_update(self) -> None:
         """Make parameters whole again where only pieces were updated. Collective."""
 
     def drop_gradients(self) -> None:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from berth.flops import Sizes, peak_flops, step_flops
 from berth.runlog import RunLog
 from berth.training.batches import StepBatch
 from berth.training.distributed import Communicator
 from berth.training.evaluate import Baselines, Evaluation
-from berth.flops import Sizes, peak_flops, step_flops
 from berth.training.metrics import PARTS, StepClock, Window, WindowSums, memory_gib, reduce_window
 from berth.training.options import Options
 from berth.training.step import StepResult

@@ -70,9 +70,8 @@ class AsyncSaver:
         Raises :class:`CheckpointError` when an earlier write failed for good (see the module).
         """
         began = time.monotonic()
-        self._join()
+        self.join()
         stalled = time.monotonic() - began
-        self._collect()
         place = {"step": step, "phase": phase, "phase_step": phase_step, "samples": samples, "final": final}
         self._writer = threading.Thread(target=self._write, args=(payload, place, stalled), name=f"ckpt_{step}", daemon=True)
         self._writer.start()
@@ -85,13 +84,12 @@ class AsyncSaver:
 
     def join(self) -> None:
         """Block until the write in progress has ended; raises as :meth:`save`."""
-        self._join(None)
+        self._join()
         self._collect()
 
     def wait(self) -> None:
         """Block until all is on disk; raises the :class:`CheckpointError` of the last write if it failed."""
-        self._join()
-        self._collect()
+        self.join()
         if self._last_error is not None:
             raise _fatal(self._last_error)
 
