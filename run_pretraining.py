@@ -65,8 +65,12 @@ def main() -> int:
     except RuntimeError as error:  # a collective fails as soon as another rank is gone
         lost = watchdog.explain(error)
         if lost is None:
+            watchdog.failed(f"{type(error).__name__}: {error}", 1)
             raise
         leave_at_once(lost, watchdog)
+    except Exception as error:  # a bug; the others learn of it before the traceback
+        watchdog.failed(f"{type(error).__name__}: {error}", 1)
+        raise
     watchdog.close()
     communicator.close()
     if communicator.world_size > 1:
@@ -80,6 +84,8 @@ def leave_at_once(error: BerthError | SystemExit, watchdog: Watchdog) -> None:
     if isinstance(error, BerthError):
         print_error(error)
         watchdog.failed(str(error), code)
+    else:
+        watchdog.close()  # another rank says why
     if watchdog.before_leaving is not None:
         watchdog.before_leaving()
     leave(code)
@@ -494,9 +500,10 @@ class Pretraining:
         if self.held_out is None:
             return
         self.clock.stop()
-        self.watchdog.progress(self.state.step, "evaluation")
         size = self.options.eval_batch_size or self.options.micro_batch
-        result = self.held_out.evaluate(self.parallel.module, self.precision, self.communicator, size)
+        result = self.held_out.evaluate(
+            self.parallel.module, self.precision, self.communicator, size, lambda: self.watchdog.progress(self.state.step, "evaluation")
+        )
         self.reporter.log_evaluation(when, self.state.step, result, self.held_out.baselines)
 
     def save(self) -> None:

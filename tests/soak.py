@@ -302,7 +302,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--exec", action="store_true", help="start real processes instead of forking them: seconds more an attempt")
     parser.add_argument("--shard", default="none", help="as run_pretraining.py's")
     parser.add_argument("--dead_rank_s", type=float, default=3.0, help="seconds until a silent rank is taken for dead")
-    parser.add_argument("--timeout_s", type=float, default=15.0, help="seconds a collective waits")
+    parser.add_argument(
+        "--timeout_s", type=float, default=10.0, help="seconds a collective waits; joining may take gloo five times as long"
+    )
     options = parser.parse_args(arguments)
     options.extra = {"dead_rank_s": options.dead_rank_s, "shard": options.shard}
     options.numbers = itertools.count(1)

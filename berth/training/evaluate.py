@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,18 @@ class HeldOut:
             counts.add(self.stream.rows(at, min(ROWS_AT_ONCE, seen - at)))
         self.baselines = counts.baselines()
 
-    def evaluate(self, model: nn.Module, precision: Precision, communicator: Communicator, batch_size: int) -> Evaluation:
+    def evaluate(
+        self,
+        model: nn.Module,
+        precision: Precision,
+        communicator: Communicator,
+        batch_size: int,
+        progress: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         """Run all of it through ``model`` (the module, not its data-parallel wrapper), split over ranks; every rank gets the same result.
 
         All ranks make the same number of passes, because a sharded model communicates in them: a rank that is short of rows repeats
-        one whose scores do not count.
+        one whose scores do not count. ``progress`` is called before each.
         """
         model.eval()
         totals = torch.zeros(6, dtype=torch.float64, device=communicator.device)
@@ -85,6 +93,7 @@ class HeldOut:
                 own = order[communicator.rank :: communicator.world_size]
                 most = math.ceil(len(order) / communicator.world_size)  # rows of rank 0, which never has fewer than another
                 for at in range(0, most, batch_size):
+                    progress()
                     chosen = own[at : at + batch_size]
                     scores = _score(model, rows.take(chosen if len(chosen) else order[:1]), precision, communicator.device)
                     if len(chosen):

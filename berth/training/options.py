@@ -151,8 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
         epilog="The global batch is train_batch_size x number of processes; one forward pass takes train_batch_size / "
-        "gradient_accumulation_steps sequences. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 75 when the ranks did not find each other, 130 after Ctrl-C, 143 "
-        "after SIGTERM and 138 after SIGUSR1, each with a checkpoint saved (torchrun itself exits with 1 then).",
+        "gradient_accumulation_steps sequences. Sharding, reduction and failures: docs/numerics.md, docs/architecture.md. Exit codes: 0 done (or stopped by --steps_this_run), 1 failure, 2 usage, 75 when the ranks did not find each other, 76 when one was lost, 130 after Ctrl-C, 143 "
+        "after SIGTERM, 138 after SIGUSR1 and 140 after SIGUSR2, each with a checkpoint saved (torchrun itself exits with 1 then).",
     )
     _add_data(parser.add_argument_group("data and model"))
     _add_batch(parser.add_argument_group("batch, steps and optimizer"))

@@ -11,12 +11,13 @@ CASES = {
     "ConfigError('a\\n  b')": (2, "error: a\n  b\n", "2 a b\n"),
     "TrainingError('diverged')": (1, "error: diverged\n", "1 diverged\n"),
     "JoinError('no rank 3')": (75, "error: no rank 3\n", None),  # another try may help: no reason to end the job
+    "LostRankError('rank 3')": (76, "error: rank 3\n", None),
     "OSError(28, 'No space left on device', 'x.pt')": (1, "error: No space left on device (x.pt)\n", "1 No space left on device (x.pt)\n"),
 }
 
 
 def run(tmp_path, program):
-    program = f"from berth.errors import *\nfrom berth.errors import JoinError\ndef main():\n    {program}\nrun_main(main)"
+    program = f"from berth.errors import *\nfrom berth.errors import JoinError, LostRankError\ndef main():\n    {program}\nrun_main(main)"
     variables = {**environment(), "BERTH_FAILURES": str(tmp_path / "failures")}
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=variables, cwd=ROOT)
 

@@ -161,8 +161,8 @@ REQUEUED = [["requeue", "7"]]
 @pytest.mark.parametrize(
     ("code", "outcome", "requeued"),
     [
-        (0, "done", False), (1, "failed", False), (2, "failed", False), (75, "crashed", True), (127, "crashed", True), (137, "crashed", True),
-        (138, "crashed", True), (143, "crashed", True),  # nobody told the job to stop: srun ended the ranks that were left
+        (0, "done", False), (1, "failed", False), (2, "failed", False), (75, "crashed", True), (76, "crashed", True), (127, "crashed", True), (137, "crashed", True),
+        (138, "crashed", True), (140, "crashed", True), (143, "crashed", True),  # nobody told the job to stop: srun ended the ranks that were left
     ],
 )  # fmt: skip
 def test_exit_codes(slurm, code, outcome, requeued):
