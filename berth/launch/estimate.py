@@ -59,12 +59,27 @@ def parameter_count(config: Mapping[str, Any]) -> int:
     return embeddings + layers * layer + heads
 
 
+def bytes_a_parameter(shard: str, ranks: int, accumulation: int) -> float:
+    """Bytes of value, gradient and two moments, all fp32, that a rank holds at most for a parameter (docs/numerics.md, "Sharding").
+
+    ``zero2`` has whole values from forward to backward; with accumulation ``zero2`` and ``zero3`` have whole gradients until the last pass.
+    """
+    whole, shared = {"zero1": (8.0, 8.0), "zero2": (4.0, 16.0), "zero3": (0.0, 16.0)}.get(shard, (16.0, 0.0))
+    gradients = 4.0 if shard in ("zero2", "zero3") and accumulation > 1 else 0.0
+    return min(16.0, whole + gradients + shared / ranks)
+
+
 def memory_gb(
-    config: Mapping[str, Any], phase: PhaseRecipe, micro_batch: int, precision: str, checkpoint_activations: bool | None = None
+    config: Mapping[str, Any],
+    phase: PhaseRecipe,
+    micro_batch: int,
+    precision: str,
+    checkpoint_activations: bool | None = None,
+    parameter_bytes: float = 16.0,
 ) -> MemoryEstimate:
     """Memory of one GPU that trains ``config`` (Hugging Face's keys) with ``micro_batch`` sequences of the phase's length a pass.
 
-    Parameters: 16 bytes each (fp32 value, gradient, two moments), 2 more for the copy of a 16-bit precision. Activations: Korthikanti et
+    Parameters: :func:`bytes_a_parameter` (16 unsharded), 2 more for the copy of a 16-bit precision. Activations: Korthikanti et
     al. 2022, equation 1, ``s b h (34 + 5 a s / h)`` bytes a layer in 16 bits, twice that in 32; generalised to any
     inner size. With checkpointed activations (what the recipe says if ``None``) a layer keeps its input, and one layer is whole. Logits:
     those of the masked rows and their gradient.
@@ -78,7 +93,7 @@ def memory_gb(
     kept = layers * 2 * hidden + a_layer if checkpoint_activations else layers * a_layer
     copies = 2 if precision in SIXTEEN_BIT else 0
     return MemoryEstimate(
-        parameters_gb=parameter_count(config) * (16 + copies) / 1e9,
+        parameters_gb=parameter_count(config) * (parameter_bytes + copies) / 1e9,
         activations_gb=micro_batch * length * kept * width / 2 / 1e9,
         logits_gb=micro_batch * phase.max_predictions_per_seq * _padded_vocabulary(config) * 2 * width / 1e9,
         reserve_gb=RESERVE_GB,

@@ -9,6 +9,7 @@ Rejected: letting ``run_pretraining.py`` check itself (it does, again, with torc
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 from berth.errors import BerthError
 from berth.launch import checkpoints, fitting, preparation, slurm_limits
 from berth.launch.clusters import walltime
-from berth.launch.estimate import memory_gb, walltime_estimate
+from berth.launch.estimate import bytes_a_parameter, memory_gb, walltime_estimate
 from berth.launch.inputs import describe_records
 from berth.launch.matrix import Matrix, Row
 from berth.launch.plan import Job, Plan
@@ -167,10 +168,14 @@ class _Checker:
             return
         options = {**row.phase_recipe.options, **row.options}
         saving = bool(options.get("checkpoint_activations")) or "--checkpoint_activations" in self.run.extra
-        need = memory_gb(self.config, row.phase_recipe, row.micro_batch, row.precision, saving)
+        extra = dict(itertools.pairwise(self.run.extra))
+        shard = extra.get("--shard") or str(options.get("shard", "none"))
+        held = bytes_a_parameter(shard, row.world_size, row.accumulation)
+        need = memory_gb(self.config, row.phase_recipe, row.micro_batch, row.precision, saving, held)
         message = f"{job.stage}: micro-batch {row.micro_batch} in {row.precision} needs about {need}, a GPU of {row.platform.name} has {have:g} GB"
+        other = ", or --shard zero1" if shard == "none" and row.world_size > 1 else ""
         if need.total_gb > have:
-            self.error(f"{message}; choose a smaller micro-batch" + ("" if saving else ", or --checkpoint_activations"))
+            self.error(f"{message}; choose a smaller micro-batch" + ("" if saving else ", or --checkpoint_activations") + other)
         elif need.total_gb > FULL * have:
             self.report.warnings.append(f"{message}; it may just not fit: a smaller micro-batch is safe")
 

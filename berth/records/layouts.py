@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from berth.errors import DataError
+from berth.files import sampled_digest
 from berth.records.direct import FileReader, OutOfRangeError, TableCache
 from berth.records.rows import FIELDS, MAX_NARROW, NO_LABEL, Rows
 from berth.records.schema import PACKED_DATASETS
@@ -33,7 +34,7 @@ PACKED_BLOCK_ROWS = 4096  # a chunk of the packed layout holds the numbers of 3,
 class RecordsFile:
     """One records file: where it is, how many rows, and what its attributes say of its vocabulary ('' and 0 if nothing).
 
-    ``digest`` names its content: of the attributes that decide it (input, options, seed), or of the size for files without any.
+    ``digest`` names its content: of the attributes that decide it (input, options, seed), or of size and samples for files without any.
     ``length`` and ``predictions`` are the widths of its rows; ``max_seq_length`` that of the whole data set; ``bin_high`` the upper length
     of its bin, 0 without bins. ``blocks``: rows of a block, or the first rows of blocks that differ. ``masked_lm_prob`` is ``None`` where
     the file does not say.
@@ -97,7 +98,7 @@ def _described(path: Path, attributes: dict[str, str], layout: str, rows: int, l
             )
     content = "\n".join(f"{name}={attributes[name]}" for name in sorted(attributes))
     if "input_sha256" not in attributes:  # of another program: its attributes, if any, do not name the content
-        content += str(path.stat().st_size)
+        content += sampled_digest(path)
     lower = {"True": True, "1": True, "False": False, "0": False}.get(attributes.get("do_lower_case", ""))
     binned = layout == "binned"
     try:

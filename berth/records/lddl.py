@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from berth.errors import ConfigError, DataError
+from berth.files import sampled_digest
 from berth.records.rows import FIELDS, Rows, narrow_type
 from berth.text.vocabulary import Vocabulary
 
@@ -110,7 +111,7 @@ def _inspect(path: Path) -> _Found:
     groups = tuple(int(start) for start, size in zip(starts, sizes, strict=False) if size)
     ending = _SUFFIX.search(path.name)
     number = int(ending.group(1)) if ending and ending.group(1) else None
-    digest = hashlib.sha256(f"{path.stat().st_size} {sorted(names)}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{sampled_digest(path)} {sorted(names)}".encode()).hexdigest()
     return _Found(path, int(starts[-1]), groups, int(longest), names >= set(MASK_COLUMNS), number, digest)
 
 

@@ -25,7 +25,7 @@ import torch
 
 from berth.errors import CheckpointError
 from berth.files import FolderLock, atomic_open, discard_temporary, remove_leftovers
-from berth.training.checkpoint_file import HashingWriter, check_bytes, entry_of_file, first_line, read_checkpoint, stored_bytes
+from berth.training.checkpoint_file import HashingWriter, check_bytes, entry_of_file, first_line, listed, read_checkpoint, stored_bytes
 from berth.training.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -79,7 +79,7 @@ class CheckpointStore:
         return sorted(self._damaged)
 
     def prepare(self) -> None:
-        """Make the folder, lock it, remove what a killed writer left, bring ``latest`` up to date, check that it can be written to.
+        """Make the folder, lock it, remove what a killed writer left, bring manifest and ``latest`` up to date, check that it can be written to.
 
         Raises :class:`CheckpointError` when it cannot.
         """
@@ -92,7 +92,27 @@ class CheckpointStore:
             raise CheckpointError(f"output folder {self.folder} cannot be used: {error.strerror}") from error
         if not os.access(self.folder, os.W_OK):
             raise CheckpointError(f"output folder {self.folder} is not writable; choose another --output_dir")
-        self._point(self.entries())
+        with self._changing:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
+        """Enter what the manifest lacks: a checkpoint whose writer was killed after the rename, or all of them when the manifest was lost.
+
+        Nothing is deleted here: what falls out of the newest ``keep`` may be what --resume_step goes back to.
+        """
+        manifest, entries = read_manifest(self.folder), []
+        for entry in self.entries():
+            try:
+                entries.append(entry if entry.sha256 else listed(self.folder / entry.file, entry))
+            except CheckpointError as error:
+                logger.warning("%s; it is passed over", error)
+                self._damaged.add(entry.file)
+        if set(entries) != set(manifest.entries):
+            config = manifest.config
+            if config is None and entries:
+                config = read_checkpoint(self.folder / entries[-1].file, map_location="meta").get("config")
+            write_manifest(self.folder, entries, config)
+        self._point(entries)
 
     def entries(self) -> list[Entry]:
         """All checkpoints of the folder that may be good, oldest first (phase, then step).

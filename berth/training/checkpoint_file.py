@@ -5,6 +5,7 @@ Reading is ``torch.load(weights_only=True)``, which refuses anything but tensors
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import zipfile
@@ -68,7 +69,9 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except OSError:
+        raise
+    except Exception as error:  # zipfile has one for every field that may be damaged: of names, versions, flags, sizes
         raise CheckpointError(f"checkpoint {path} cannot be read ({first_line(error)}): it is truncated or damaged") from error
     if bad is not None:
         raise CheckpointError(f"checkpoint {path} is damaged: {bad} in it does not match its CRC")
@@ -105,6 +108,15 @@ def entry_of_file(path: Path) -> Entry:
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{path} is not a berth checkpoint: it has no {error}") from error
+
+
+def listed(path: Path, entry: Entry) -> Entry:
+    """``entry`` of a file that no manifest knew, with its checksum; raises as :func:`check_bytes`."""
+    check_bytes(path, entry)
+    try:
+        return dataclasses.replace(entry, sha256=sha256_file(path))
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror})") from error
 
 
 def tensors_of(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

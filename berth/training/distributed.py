@@ -7,18 +7,20 @@ does not say whom for; two processes that claim one rank hang in it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import re
 import socket
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 
-from berth.errors import JoinError, LaunchError, LostRankError
+from berth.errors import JoinError, LaunchError, LostRankError, print_error
 from berth.ranks import UNKNOWN, Place, discover, master_address
 
 __all__ = ["UNKNOWN", "Communicator", "Place", "Rank", "choose_device", "discover_rank"]
@@ -29,6 +31,8 @@ Rank, discover_rank = Place, discover  # the names the training code knows
 # first, which can hang. The monitor ends a process whose watchdog thread is itself stuck. A user's own settings stay.
 _NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "3", "TORCH_NCCL_ENABLE_MONITORING": "1", "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "600"}
 _BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset|refused)|Timed out waiting|Broken pipe")
+_SLACK_SECONDS = 10.0  # beyond a timeout before the process gives up on what should have ended by itself
+_GROUP_SECONDS = 600.0  # for all ranks, which are all there, to connect to each other
 _WORD_SECONDS = 60.0  # a rank that waits says so this often
 
 
@@ -59,18 +63,20 @@ class Communicator:
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
         try:
-            self._base = _open_store(address, place, timeout)
-            self._prefix = _prefix(place)
-            self.store = dist.PrefixStore(self._prefix, self._base)
-            self.hosts = _meet(self.store, place, timeout)
-            dist.init_process_group(
-                self.backend,
-                store=dist.PrefixStore("group", self.store),
-                rank=place.rank,
-                world_size=place.world_size,
-                timeout=timeout,
-                device_id=device if self.backend == "nccl" else None,
-            )
+            with _no_longer_than(timeout.total_seconds() + _SLACK_SECONDS, place, "meet the others"):
+                self._base = _open_store(address, place, timeout)
+                self._prefix = _prefix(place)
+                self.store = dist.PrefixStore(self._prefix, self._base)
+                self.hosts = _meet(self.store, place, timeout)
+            with _no_longer_than(min(timeout.total_seconds(), _GROUP_SECONDS) + _SLACK_SECONDS, place, "connect to the others"):
+                dist.init_process_group(
+                    self.backend,
+                    store=dist.PrefixStore("group", self.store),
+                    rank=place.rank,
+                    world_size=place.world_size,
+                    timeout=timeout,
+                    device_id=device if self.backend == "nccl" else None,
+                )
         except JoinError:
             raise
         except (RuntimeError, ValueError) as error:
@@ -170,6 +176,29 @@ class Communicator:
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(tensor, op=operation)
         return [float(value) for value in tensor.tolist()]
+
+
+@contextlib.contextmanager
+def _no_longer_than(seconds: float, place: Place, purpose: str) -> Iterator[None]:
+    """End the process with a :class:`JoinError`'s words and code when the body takes longer.
+
+    The store's and gloo's own timeouts hold for each of several tries; a rank that dies meanwhile would keep the others for five times as long.
+    """
+    error = JoinError(
+        f"rank {place.rank} on {socket.gethostname()} could not {purpose} within {seconds:.0f} s; see in the log of the other ranks why"
+    )
+
+    def give_up() -> None:
+        print_error(error)
+        os._exit(error.exit_code)
+
+    guard = threading.Timer(seconds, give_up)
+    guard.daemon = True
+    guard.start()
+    try:
+        yield
+    finally:
+        guard.cancel()
 
 
 def _variables(place: Place, address: tuple[str, int]) -> dict[str, str]:

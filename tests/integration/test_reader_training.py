@@ -92,6 +92,21 @@ def bins(path, data):
         low = high
 
 
+def test_packed_records_cut_otherwise_and_sharded(project, padded):
+    """Two processes, four micro-batches of two, everything sharded: the steps of one process on padded records within fp32 rounding."""
+    packed = convert(project, "packed_two", pack)
+    cut = {"max_steps": 12, "train_batch_size": 8, "gradient_accumulation_steps": 4}
+    running = launch(project, 2, "packed_two_out", input_dir=packed, shard="zero2", **cut)
+    errors = [process.communicate(timeout=120)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], errors
+    found = curve(project, "packed_two_out")
+    assert {step: row[2:] for step, row in found.items()} == {step: row[2:] for step, row in padded.items()}
+    for step, (loss, norm, *_) in padded.items():
+        assert found[step][0] == pytest.approx(loss, abs=5e-6) and found[step][1] == pytest.approx(norm, rel=1e-4)
+    one, two = (torch.load(project / name / "ckpt_12.pt", weights_only=True)["model"] for name in ("padded", "packed_two_out"))
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
 def test_packed_records_train_as_padded_ones(project, padded):
     packed = convert(project, "packed", pack)
     pretrain(project, "packed_out", input_dir=packed, eval_dir=packed)

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from berth.files import atomic_open, atomic_path, read_json, remove_leftovers, sha256_file, sha256_json, write_json
+from berth.files import atomic_open, atomic_path, read_json, remove_leftovers, sampled_digest, sha256_file, sha256_json, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -49,3 +49,19 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "ckpt_2.pt").write_bytes(b"whole")
     assert remove_leftovers(tmp_path) == [".ckpt_3.pt.77.partial"]
     assert os.listdir(tmp_path) == ["ckpt_2.pt"]
+
+
+def test_a_sampled_digest_sees_size_and_both_ends(tmp_path):
+    """Equal files have equal digests wherever they lie; a change at an end, in the middle, or of the size shows."""
+    path, data = tmp_path / "a", bytes(range(256)) * 2000
+    path.write_bytes(data)
+    (tmp_path / "copy").write_bytes(data)
+    found = {sampled_digest(path), sampled_digest(tmp_path / "copy")}
+    for at in (0, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:at] + b"\xff\x00" + data[at + 2 :] if at < len(data) - 1 else data[:-1] + b"\x00")
+        found.add(sampled_digest(path))
+    path.write_bytes(data + b"x")
+    found.add(sampled_digest(path))
+    assert len(found) == 5
+    path.write_bytes(b"")
+    assert sampled_digest(path) not in found

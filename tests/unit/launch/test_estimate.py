@@ -10,6 +10,7 @@ import pytest
 
 from berth.launch.estimate import (
     RESERVE_GB,
+    bytes_a_parameter,
     flops_per_sequence,
     implied_time_to_train,
     memory_gb,
@@ -49,6 +50,24 @@ def test_memory_of_bert_large_by_hand() -> None:
     assert estimate.logits_gb == pytest.approx(32 * 80 * 30528 * 2 * 2 / 1e9)
     assert estimate.total_gb == pytest.approx(6.0522 + 29.7963 + 0.3126 + RESERVE_GB, abs=1e-3)
     assert str(estimate) == "37.2 GB (parameters, gradients and moments 6.1, activations 29.8, logits 0.3, reserve 1.0)"
+
+
+@pytest.mark.parametrize(
+    ("shard", "ranks", "accumulation", "expected"),
+    [
+        ("none", 64, 8, 16),
+        ("zero1", 8, 8, 9),
+        ("zero2", 8, 1, 6),
+        ("zero2", 8, 2, 10),
+        ("zero3", 8, 1, 2),
+        ("zero3", 16, 2, 5),
+        ("zero2", 1, 2, 16),
+    ],
+)
+def test_sharding_saves_what_the_table_says(shard: str, ranks: int, accumulation: int, expected: float) -> None:
+    assert bytes_a_parameter(shard, ranks, accumulation) == expected
+    estimate = memory_gb(LARGE, LAMB[2], 32, "fp16", parameter_bytes=bytes_a_parameter(shard, ranks, accumulation))
+    assert estimate.parameters_gb == pytest.approx(336_232_258 * (expected + 2) / 1e9)
 
 
 def test_32_bits_double_activations_and_checkpointing_saves_most() -> None:

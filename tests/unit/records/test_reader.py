@@ -89,11 +89,27 @@ def test_names_that_only_look_like_the_other_kind(tmp_path):
 def test_the_fingerprint_tells_other_content(tmp_path):
     prints = set()
     for seed in ("1", "2"):
-        write_records(tmp_path / "a_training_0.hdf5", 5, 0, random_seed=seed, count_masked=seed)
+        write_records(tmp_path / "a_training_0.hdf5", 5, 0, input_sha256="a", random_seed=seed, count_masked=seed)
         prints.add(open_index(tmp_path, "training").fingerprint)
-    write_records(tmp_path / "a_training_0.hdf5", 5, 0, random_seed="2", count_masked="7")
+    write_records(tmp_path / "a_training_0.hdf5", 5, 0, input_sha256="a", random_seed="2", count_masked="7")
     prints.add(open_index(tmp_path, "training").fingerprint)
     assert len(prints) == 2
+
+
+def test_records_of_other_programs_are_told_apart_by_content(tmp_path):
+    """Files of the public script say nothing about their input, and uncompressed ones of as many rows have one size."""
+    paths = [tmp_path / name / "a_training_0.hdf5" for name in ("one", "copy", "other")]
+    for path, seed in zip(paths, (1, 1, 2), strict=True):
+        write_records(path, 300, seed)
+        with h5py.File(path, "r+") as handle:
+            data = {name: handle[name][:] for name in handle}
+        path.unlink()
+        with h5py.File(path, "w") as handle:
+            for name, values in data.items():
+                handle.create_dataset(name, data=values)
+    assert len({path.stat().st_size for path in paths}) == 1
+    one, copy, other = (open_index(path.parent, "training").fingerprint for path in paths)
+    assert one == copy != other
 
 
 def test_attributes_of_other_programs_do_not_name_the_content(tmp_path):

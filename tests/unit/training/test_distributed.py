@@ -148,6 +148,17 @@ def test_a_port_that_is_taken(monkeypatch):
             Communicator(Place(0, 2, 0, "torchrun"), torch.device("cpu"), SECOND)
 
 
+def test_joining_that_hangs_is_ended():
+    """gloo holds every one of several tries to its timeout; the process is ended from a thread, with the code for another try."""
+    code = (
+        "import time\nfrom berth.training.distributed import Rank, _no_longer_than\n"
+        "with _no_longer_than(60, Rank(1, 2), 'meet the others'): pass\n"
+        "with _no_longer_than(0.5, Rank(1, 2), 'connect to the others'): time.sleep(30)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=20)
+    assert done.returncode == 75 and "could not connect to the others within 0 s" in done.stderr.replace("within 1 s", "within 0 s")
+
+
 def test_single_process_collectives_return_at_once():
     alone = Communicator(Rank(), torch.device("cpu"), SECOND)
     tensor = torch.ones(2)
