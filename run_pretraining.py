@@ -22,7 +22,7 @@ import torch
 
 import modeling
 import optimization
-from berth.errors import BerthError, CheckpointError, ConfigError, DataError, TrainingError, print_error, run_main
+from berth.errors import BerthError, CheckpointError, ConfigError, DataError, JoinError, TrainingError, print_error, run_main
 from berth.records.dynamic import DynamicMasker
 from berth.records.reader import SampleStream
 from berth.training import setup
@@ -53,11 +53,15 @@ def main() -> int:
     stop = StopRequest()
     stop.install()
     device = choose_device(options.device, place)
-    communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min))
+    communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min), connect=False)
     watchdog = Watchdog(communicator, dead_after=options.dead_rank_s, hung_after=options.timeout_min * 60)
     watchdog.start()
     try:
+        communicator.connect()
         code = Pretraining(options, communicator, watchdog, stop).run()
+    except JoinError as error:
+        cause = error.__cause__
+        leave_at_once((watchdog.explain(cause) if cause is not None else None) or error, watchdog)
     except (BerthError, SystemExit) as error:
         if communicator.world_size > 1:
             leave_at_once(error, watchdog)

@@ -43,13 +43,14 @@ class Communicator:
         place: this process among all.
         device: where collectives on NCCL must live; gloo uses the CPU.
         timeout: how long a collective may wait for a missing rank before all fail, and how long the ranks may take to find each other.
+        connect: whether to :meth:`connect`, too; without it the ranks have met, so that a watchdog can begin before they do.
 
     Attributes: ``hosts``, the host name of every rank; ``store``, a client of the store that all ranks share (``None`` in a world of one).
 
     Raises :class:`LaunchError` when nothing says where the ranks meet, :class:`JoinError` when they do not.
     """
 
-    def __init__(self, place: Place, device: torch.device, timeout: datetime.timedelta) -> None:
+    def __init__(self, place: Place, device: torch.device, timeout: datetime.timedelta, connect: bool = True) -> None:
         self.rank, self.world_size, self.local_rank = place.rank, place.world_size, place.local_rank
         self.backend = "none"
         self.device = device
@@ -62,28 +63,30 @@ class Communicator:
         os.environ.update(_variables(place, address))
         for name, value in _NCCL.items():
             os.environ.setdefault(name, value)
-        try:
-            with _no_longer_than(timeout.total_seconds() + _SLACK_SECONDS, place, "meet the others"):
-                self._base = _open_store(address, place, timeout)
-                self._prefix = _prefix(place)
-                self.store = dist.PrefixStore(self._prefix, self._base)
-                self.hosts = _meet(self.store, place, timeout)
-            with _no_longer_than(min(timeout.total_seconds(), _GROUP_SECONDS) + _SLACK_SECONDS, place, "connect to the others"):
-                dist.init_process_group(
-                    self.backend,
-                    store=dist.PrefixStore("group", self.store),
-                    rank=place.rank,
-                    world_size=place.world_size,
-                    timeout=timeout,
-                    device_id=device if self.backend == "nccl" else None,
-                )
-        except JoinError:
-            raise
-        except (RuntimeError, ValueError) as error:
-            raise JoinError(
-                f"rank {place.rank} on {socket.gethostname()} could not join the group of {place.world_size} ranks at {address[0]}:{address[1]}: "
-                f"{error}"
-            ) from error
+        with _join_errors(place, address), _no_longer_than(timeout.total_seconds() + _SLACK_SECONDS, place, "meet the others"):
+            self._base = _open_store(address, place, timeout)
+            self._prefix = _prefix(place)
+            self.store = dist.PrefixStore(self._prefix, self._base)
+            self.hosts = _meet(self.store, place, timeout)
+        self._place, self._address, self._timeout = place, address, timeout
+        if connect:
+            self.connect()
+
+    def connect(self) -> None:
+        """Connect to the other ranks; collectives need it. Raises :class:`JoinError`."""
+        if self.world_size == 1:
+            return
+        seconds = min(self._timeout.total_seconds(), _GROUP_SECONDS) + _SLACK_SECONDS
+        with _join_errors(self._place, self._address), _no_longer_than(seconds, self._place, "connect to the others"):
+            assert self.store is not None
+            dist.init_process_group(
+                self.backend,
+                store=dist.PrefixStore("group", self.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=self._timeout,
+                device_id=self.device if self.backend == "nccl" else None,
+            )
 
     def new_store(self, timeout: datetime.timedelta) -> dist.Store:
         """Another client of the shared store, with a connection of its own, so that threads do not wait for each other; several ranks only.
@@ -176,6 +179,20 @@ class Communicator:
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self._collective_device())
         dist.all_reduce(tensor, op=operation)
         return [float(value) for value in tensor.tolist()]
+
+
+@contextlib.contextmanager
+def _join_errors(place: Place, address: tuple[str, int]) -> Iterator[None]:
+    """What torch raises in the body as a :class:`JoinError`."""
+    try:
+        yield
+    except JoinError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise JoinError(
+            f"rank {place.rank} on {socket.gethostname()} could not join the group of {place.world_size} ranks at {address[0]}:{address[1]}: "
+            f"{error}"
+        ) from error
 
 
 @contextlib.contextmanager

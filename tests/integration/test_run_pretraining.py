@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from berth.runlog import read_records, read_steps
-from tests.support import ROOT, environment, launch, make_project, pretraining_arguments, run_script, write_records
+from tests.support import ROOT, environment, finish, launch, make_project, pretraining_arguments, run_script, wait_for_step, write_records
 
 
 @pytest.fixture
@@ -46,16 +46,6 @@ def curve(path):
     """What must be equal between an interrupted and an uninterrupted run, step by step."""
     keys = ("average_loss", "learning_rate", "grad_norm", "first_sample", "batch_crc32")
     return {step: tuple(data[key] for key in keys) for step, data in read_steps(path).items()}
-
-
-def wait_for_step(log, step, process, timeout=120):
-    """Until the run log holds ``step``."""
-    end = time.monotonic() + timeout
-    while time.monotonic() < end and process.poll() is None:
-        if log.exists() and step in read_steps(log):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"step {step} did not come: {process.stderr.read()}")
 
 
 @pytest.fixture(scope="module")
@@ -240,12 +230,6 @@ def test_init_checkpoint_takes_weights_and_reports(whole, project):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
     failed = pretrain(make_project(project / "big", hidden_size=32), init_checkpoint=whole / "out" / "ckpt_34.pt", expect=1)
     assert "does not fill this model" in failed.stderr or "shape" in failed.stderr
-
-
-def finish(running, expect=0):
-    errors = [process.communicate(timeout=200)[1] for process in running]
-    assert [process.returncode for process in running] == [expect] * len(running), "\n".join(errors)
-    return errors
 
 
 @pytest.fixture(scope="module")
