@@ -113,6 +113,18 @@ def set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
             state["step"].fill_(float(step))
 
 
+def place_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Move step counts that are tensors to where AdamW's kernels want them: a fused one beside its parameter, else the CPU.
+
+    ``load_state_dict`` decides by the *saved* group's ``fused``, which is another machine's when a CPU checkpoint goes on on a GPU.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].to(parameter.device if group.get("fused") else "cpu", torch.float32)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LAMB
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import torch
 
 import modeling
 import optimization
-from berth.errors import BerthError, CheckpointError, ConfigError, DataError, JoinError, TrainingError, print_error, run_main
+from berth.errors import BerthError, CheckpointError, ConfigError, DataError, JoinError, TrainingError, note_failure, print_error, run_main
 from berth.records.dynamic import DynamicMasker
 from berth.records.reader import SampleStream
 from berth.training import setup
@@ -42,6 +43,7 @@ from berth.training.step import MaskedLmTrainingStep, StepResult, TrainingStep
 from berth.training.stop import StopRequest, exit_code
 from berth.training.watchdog import Watchdog
 
+SECONDS_TO_SEE = 60.0  # that a shared file system may take to show a file on another node
 SECONDS_TO_FINISH = 120.0  # that a process which must leave gives the checkpoint being written
 REFUSED, NO_FILE, FILE = range(3)  # what rank 0 tells the others about the start
 
@@ -53,7 +55,7 @@ def main() -> int:
     stop = StopRequest()
     stop.install()
     device = choose_device(options.device, place)
-    communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min), connect=False)
+    communicator = Communicator(place, device, datetime.timedelta(minutes=options.timeout_min), False, lambda: stop.signal_number)
     watchdog = Watchdog(communicator, dead_after=options.dead_rank_s, hung_after=options.timeout_min * 60)
     watchdog.start()
     try:
@@ -69,10 +71,12 @@ def main() -> int:
     except RuntimeError as error:  # a collective fails as soon as another rank is gone
         lost = watchdog.explain(error)
         if lost is None:
+            note_failure(1, f"{type(error).__name__}: {error}")
             watchdog.failed(f"{type(error).__name__}: {error}", 1)
             raise
         leave_at_once(lost, watchdog)
-    except Exception as error:  # a bug; the others learn of it before the traceback
+    except Exception as error:  # a bug, or a file system that fails; the others learn of it before the traceback
+        note_failure(1, f"{type(error).__name__}: {error}")
         watchdog.failed(f"{type(error).__name__}: {error}", 1)
         raise
     watchdog.close()
@@ -117,6 +121,7 @@ class Pretraining:
 
     def __init__(self, options: Options, communicator: Communicator, watchdog: Watchdog, stop: StopRequest) -> None:
         self.communicator, self.watchdog, self.stop = communicator, watchdog, stop
+        watchdog.progress(0, "starting, reading records")
         self.config = setup.load_config(options.config_file)
         self.padded_config = self.config.padded(8)
         vocabulary = setup.load_vocabulary(options, self.config)
@@ -130,6 +135,8 @@ class Pretraining:
         for notice in options.notices:
             self.reporter.say("note: %s", notice)
         self.held_out = setup.open_held_out(options, self.index, self.config.vocab_size, vocab_sha256, vocabulary)
+        check_start(communicator, {"held-out records": "" if self.held_out is None else self.held_out.fingerprint})
+        watchdog.progress(0, "starting, building the model")
         self.global_batch = options.train_batch_size * communicator.world_size
         self.identity = identity(options, self.config.to_dict(), communicator.world_size, data, vocab_sha256)
         self.precision = make_precision(
@@ -140,6 +147,7 @@ class Pretraining:
         self.parameters = modeling.count_parameters(model)
         self.parameter_names = [name for name, _ in model.named_parameters()]
         self.model_names = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self.sharding = setup.effective_sharding(options, communicator.world_size)
         self.parallel, kernels = setup.spread(options, model, communicator, self.clock)
         check_start(communicator, {"kernels": kernels.name})
         self.reporter.say("kernels: %s", kernels.reason)
@@ -149,12 +157,22 @@ class Pretraining:
         watchdog.before_leaving = lambda: self.saver.close(SECONDS_TO_FINISH)  # what is being written, whoever else is lost
         self.saved_at: tuple[int, int, int] | None = None
         self.fresh = True
+        self.weights = "random"
+        watchdog.progress(0, "starting, loading weights")
         self.state = self.start()
+        check_start(communicator, {"weights at the start": self.weights})
         kind = TrainingStep if options.objective == "mlm+nsp" else MaskedLmTrainingStep
-        self.step = kind(self.parallel, self.schedule, self.precision, self.clock, clip_norm=options.max_grad_norm)
-        masker = None if self.masking is None or vocabulary is None else DynamicMasker(vocabulary, self.masking, options.seed)
-        self.stream = SampleStream(self.index, options.seed, self.config.vocab_size, group=self.global_batch, transform=masker)
+        self.step = kind(
+            self.parallel, self.schedule, self.precision, self.clock, clip_norm=options.max_grad_norm,
+            progress=lambda number, of: watchdog.progress(self.state.step + 1, f"micro-batch {number} of {of}"),
+        )  # fmt: skip
+        self.masker = None if self.masking is None or vocabulary is None else DynamicMasker(vocabulary, self.masking, options.seed)
+        self.stream = self.open_stream()
         self.stream.rows(self.state.samples, 1)  # reads the first window now: damaged records are reported before anything is written
+
+    def open_stream(self) -> SampleStream:
+        """All samples in their order, from anywhere."""
+        return SampleStream(self.index, self.options.seed, self.config.vocab_size, group=self.global_batch, transform=self.masker)
 
     # -- start --------------------------------------------------------------------------------------------------------
 
@@ -168,7 +186,7 @@ class Pretraining:
         elif start.kind is Kind.ENTER_PHASE2:
             assert start.entry is not None and payload is not None
             check_identity(payload["identity"], self.identity, same_phase=False, force=self.options.force_resume, file=start.entry.file)
-            self.parallel.load_model(payload["model"])
+            self.load_weights(payload["model"])
             self.enter_phase2(payload, state)
         elif start.kind is Kind.CONTINUE:
             assert start.entry is not None and payload is not None
@@ -220,13 +238,17 @@ class Pretraining:
 
     def entry_of(self, phase: int, step: int) -> Entry:
         """The checkpoint that rank 0 chose, as this rank sees it."""
-        entries = [entry for entry in self.store.entries() if (entry.phase, entry.step) == (phase, step)]
-        if not entries:
-            raise CheckpointError(
-                f"rank {self.communicator.rank} does not see ckpt_{step}.pt in {self.options.output_dir}; --output_dir must be on a "
-                "file system that all nodes share"
-            )
-        return entries[0]
+        give_up_at = time.monotonic() + SECONDS_TO_SEE
+        while True:
+            for entry in self.store.entries():
+                if (entry.phase, entry.step) == (phase, step):
+                    return entry
+            if time.monotonic() > give_up_at:
+                raise CheckpointError(
+                    f"rank {self.communicator.rank} does not see ckpt_{step}.pt in {self.options.output_dir}; --output_dir must be on a "
+                    "file system that all nodes share"
+                )
+            time.sleep(1.0)  # a shared file system may show a new file later on other nodes
 
     def resume_request(self) -> dict[str, Any]:
         options = self.options
@@ -251,7 +273,7 @@ class Pretraining:
                 f"{path} does not fill this model: {report}. Use weights of the same architecture and --config_file, or "
                 "convert_checkpoint.py"
             )
-        self.parallel.load_model(report.weights)
+        self.load_weights(report.weights)
         if self.options.phase2:
             payload = setup.load_full_checkpoint(path)
             if payload is not None:
@@ -276,7 +298,7 @@ class Pretraining:
 
     def restore(self, payload: dict[str, Any], state: RunState) -> None:
         """Continue exactly where the checkpoint stands."""
-        self.parallel.load_model(payload["model"])
+        self.load_weights(payload["model"])
         self.load_moments(payload)
         self.precision.scaler.load_state_dict(payload["scaler"])
         state.phase_step, state.samples = int(payload["phase_step"]), int(payload["samples"])
@@ -287,6 +309,11 @@ class Pretraining:
         state.rollbacks = int(payload.get("rollbacks", 0))
         self.fresh = False
 
+    def load_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Take ``weights``; all ranks must have read the same, which is checked at the start."""
+        self.weights = setup.weights_digest(weights)
+        self.parallel.load_model(weights)
+
     def load_moments(self, payload: dict[str, Any]) -> None:
         """Moments and step counts from a checkpoint; the hyperparameters stay those of this command line."""
         optimizer = self.parallel.optimizer
@@ -296,6 +323,7 @@ class Pretraining:
             self.parallel.load_optimizer(payload["optimizer"])
             for group, values in zip(optimizer.param_groups, given, strict=True):
                 group.update(values)
+            optimization.place_steps(optimizer)
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the optimizer state in the checkpoint is not of this --optimizer {self.options.optimizer} ({error}); use the optimizer that "
@@ -330,7 +358,7 @@ class Pretraining:
                 result = self.step(batch, self.state.phase_step + 1, agreed.masked, agreed.sequences)
                 self.state.advance(self.global_batch, result.skipped)
                 done_here += 1
-                self.report(batch, agreed, result, last=self.finished(done_here))
+                self.report(batch, result)
                 if self.diverged(result):
                     batches.close()
                     batches = self.batches()
@@ -385,14 +413,16 @@ class Pretraining:
 
     def give_up_on_data(self, batch: StepBatch | DataError, rank: int) -> None:
         """Save what was trained, then end on all ranks with the error of the one that cannot read."""
-        self.save()
-        self.saver.wait()
+        try:
+            self.save_unless_saved()
+            if self.communicator.is_main:
+                self.saver.wait()
+        except CheckpointError as error:
+            self.reporter.say("WARNING: %s", error)
         self.communicator.barrier()
         if isinstance(batch, DataError):
             raise batch
-        raise DataError(
-            f"rank {rank} on {self.communicator.hosts[rank]} cannot read its training records (it says why); a checkpoint is saved"
-        )
+        raise DataError(f"rank {rank} on {self.communicator.hosts[rank]} cannot read its training records; it says why")
 
     def due(self, every: int, result: StepResult) -> bool:
         """Whether something that happens every ``every`` updates is due now; the phase's end has its own turn."""
@@ -418,24 +448,41 @@ class Pretraining:
         """Weights, moments and step of the newest good checkpoint; the samples consumed since then are left out."""
         self.clock.stop()
         state, samples = self.state, self.state.samples
-        chosen = [0, 0]
-        if self.communicator.is_main:
-            self.saver.wait()
-            good = [entry for entry in self.store.entries() if entry.phase == state.phase]
-            chosen = [good[-1].phase, good[-1].step] if good else chosen
-        chosen = self.communicator.broadcast_ints(chosen)
-        if not chosen[0]:
-            raise TrainingError(f"{why}; there is no checkpoint of this phase yet to roll back to; lower --learning_rate")
-        entry = self.entry_of(*chosen)
+        self.clock.stop()
+        entry, payload = self.newest_behind(why)
         skipped, rollbacks = state.skipped, state.rollbacks + 1
-        self.restore(self.store.load(entry), state)
+        self.restore(payload, state)
         state.samples, state.skipped, state.rollbacks, state.consecutive_skips = samples, skipped, rollbacks, 0
+        self.reporter.drop_window()
         self.reporter.say(
             "WARNING: %s; rollback %d of %d to %s, samples %d to %d are left out", why, rollbacks, self.options.max_rollbacks,
             entry.file, entry.samples, samples - 1,
         )  # fmt: skip
         self.reporter.log.parameters(rollback=rollbacks, rollback_reason=why, skipped_samples=[entry.samples, samples])
         self.reporter.log.parameters(train_start=True, global_step=state.step)
+        self.stream = self.open_stream()  # the thread that reads ahead may still be at work on the old one
+        self.save()  # or a run that is killed before its next checkpoint would count from anew
+
+    def newest_behind(self, why: str) -> tuple[Entry, dict[str, Any]]:
+        """The newest good checkpoint of this phase that is not ahead of the run (after --resume_step there may be such), on every rank."""
+        chosen, payload = [0, 0], None
+        if self.communicator.is_main:
+            self.saver.join()
+            here = (self.state.phase, self.state.step)
+            while payload is None:
+                behind = [entry for entry in self.store.entries() if entry.phase == here[0] and entry.place <= here]
+                if not behind:
+                    break
+                try:
+                    payload, chosen = self.store.load(behind[-1]), [*behind[-1].place]
+                except CheckpointError as error:
+                    self.reporter.say("WARNING: %s; falling back to the checkpoint before it", error)
+                    self.store.pass_over(behind[-1], error)
+        chosen = self.communicator.broadcast_ints(chosen)
+        if not chosen[0]:
+            raise TrainingError(f"{why}; there is no checkpoint of this phase yet to roll back to; lower --learning_rate")
+        entry = self.entry_of(*chosen)
+        return entry, self.store.load(entry) if payload is None else payload
 
     # -- what the loop calls ------------------------------------------------------------------------------------------
 
@@ -445,7 +492,7 @@ class Pretraining:
         self.reporter.say(
             "phase %d: %d parameters, %s on %s, %d process(es), sharding %s; global batch %d = %d x %d x %d (micro batch x accumulation x "
             "processes); %d instances of %d tokens in %d file(s); steps %d to %d",
-            options.phase, self.parameters, options.precision, self.communicator.device, world, options.sharding, self.global_batch,
+            options.phase, self.parameters, options.precision, self.communicator.device, world, self.sharding, self.global_batch,
             options.micro_batch, options.gradient_accumulation_steps, world, self.index.rows, self.index.seq_length, len(self.index.files),
             self.state.phase_step, options.max_steps,
         )  # fmt: skip
@@ -457,7 +504,7 @@ class Pretraining:
             gradient_accumulation_steps=options.gradient_accumulation_steps,
             global_batch=self.global_batch,
             world_size=world,
-            sharding=options.sharding,
+            sharding=self.sharding,
             hosts=self.communicator.hosts,
             phase=options.phase,
             phase1_end_step=self.state.offset,
@@ -472,8 +519,8 @@ class Pretraining:
         if self.state.phase_step < options.max_steps:  # a finished phase that is run again starts nothing
             self.reporter.log.parameters(train_start=True, global_step=self.state.step)
 
-    def report(self, batch: StepBatch, agreed: Agreement, result: StepResult, last: bool) -> None:
-        """Write a log record when one is due, or this is the ``last`` step of the process. A skipped step is reported at once."""
+    def report(self, batch: StepBatch, result: StepResult) -> None:
+        """Account for a step, and write a log record when one is due. A skipped step is reported at once."""
         self.reporter.step_done(batch, result)
         if result.skipped:
             names = describe(result.nonfinite, self.parameter_names)
@@ -485,19 +532,24 @@ class Pretraining:
                 self.state.step + 1, result.grad_norm, names, self.precision.scaler.scale,
             )  # fmt: skip
             return
-        step = self.state.phase_step
-        if step % self.options.log_freq and not last:
+        self.last_update = batch.first_sample, result
+        if self.state.phase_step % self.options.log_freq == 0:
+            self.log_window()
+
+    def log_window(self) -> None:
+        """Write the record of the updates since the last one, if there are any. Collective."""
+        if not self.reporter.window_steps:
             return
-        window = self.reporter.exchange()
+        first_sample, result = self.last_update
         facts = {
             "learning_rate": result.learning_rate,
             "grad_norm": result.grad_norm,
             "skipped_steps": self.state.skipped,
             "loss_scale": self.precision.scaler.scale,
-            "first_sample": batch.first_sample,
+            "first_sample": first_sample,
         }
-        epoch = batch.first_sample // self.index.rows
-        self.reporter.log_step(window, epoch=epoch, step=self.state.step, phase_step=step, facts=facts)
+        epoch = first_sample // self.index.rows
+        self.reporter.log_step(self.reporter.exchange(), epoch=epoch, step=self.state.step, phase_step=self.state.phase_step, facts=facts)
 
     def evaluate(self, when: str) -> None:
         """Score the held-out shard, if there is one."""
@@ -512,7 +564,7 @@ class Pretraining:
 
     def save(self) -> None:
         """Gather the state (all ranks) and hand it to the writer (rank 0), which goes on beside training."""
-        if self.options.skip_checkpoint:
+        if self.options.skip_checkpoint or not self.state.phase_step:  # before the first update there is nothing to keep
             return
         self.clock.stop()
         self.watchdog.progress(self.state.step, "checkpoint")
@@ -529,7 +581,7 @@ class Pretraining:
             "do_lower_case": self.index.lowercase,
             "identity": self.identity,
             "world_size": self.communicator.world_size,
-            "sharding": self.options.sharding,
+            "sharding": self.sharding,
             "skipped": state.skipped,
             "consecutive_skips": state.consecutive_skips,
             "rollbacks": state.rollbacks,
@@ -541,6 +593,12 @@ class Pretraining:
         if self.options.no_async_checkpoints:
             self.saver.join()
         self.tell_of_saved()
+
+    def save_unless_saved(self) -> None:
+        """Save what was trained since the last checkpoint, if anything was."""
+        state = self.state
+        if self.saved_at != (state.phase, state.step, state.samples):
+            self.save()
 
     def tell_of_saved(self) -> None:
         """Log what the writer has finished."""
@@ -555,13 +613,14 @@ class Pretraining:
 
     def finish(self, signal_number: int, done_here: int) -> int:
         """Save, evaluate, sum up."""
+        self.log_window()  # of the steps since the last record, where a signal or --steps_this_run ended it early
         self.clock.stop()
         complete = self.state.phase_step >= self.options.max_steps
         already = complete and done_here == 0
         if complete and not already:
             self.evaluate("end")
-        if done_here and self.saved_at != (self.state.phase, self.state.step, self.state.samples):
-            self.save()  # last, so that a checkpoint of the phase's end means that everything before it was done
+        if done_here:
+            self.save_unless_saved()  # last, so that a checkpoint of the phase's end means that everything before it was done
         self.saver.wait()
         self.tell_of_saved()
         signal_number = signal_number or self.agreed_signal()  # one that came with the last step or during the evaluation

@@ -23,11 +23,21 @@ from typing import Any
 from berth.errors import CheckpointError, ConfigError, run_main
 from berth.files import TEMPORARY_SUFFIX, FolderLock
 from berth.training.inspection import Row, check, describe, sound, survey
-from berth.training.manifest import point_latest, read_latest, read_manifest, rotated_out, size_text, superseded_files, write_manifest
+from berth.training.manifest import (
+    checkpoint_files,
+    point_latest,
+    read_latest,
+    read_manifest,
+    rotated_out,
+    size_text,
+    superseded_files,
+    write_manifest,
+)
 
 STATES = """\
 state: listed (in manifest.json, of the size written; `verify` reads it), unlisted (no checksum: its run was killed before it could
-enter it), wrong size, missing (listed but not there), damaged (neither listed nor readable). `latest` marks the newest."""
+enter it), wrong size, missing (listed but not there), damaged (neither listed nor a checkpoint), unreadable (the disk refuses).
+`latest` marks the newest."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,10 +178,16 @@ def prune(path: Path, arguments: argparse.Namespace) -> int:
     if arguments.keep < 1:
         raise ConfigError(f"--keep {arguments.keep}: must be at least 1")
     lock = FolderLock(path)
-    if not arguments.dry_run and not lock.acquire(0.0):
-        raise CheckpointError(f"a run is writing to {path}; prune when it has ended (it keeps --keep_checkpoints itself)")
+    if not arguments.dry_run:
+        _take(lock, path)
+        lock.release()  # a run that starts while the newest is read back need not wait
+    before = _state(path)
+    entries, damaged = sound(path)
+    if not arguments.dry_run:
+        _take(lock, path)
     try:
-        entries, damaged = sound(path)
+        if _state(path) != before:
+            raise CheckpointError(f"{path} was changed while its newest checkpoint was read back; nothing was deleted. Run prune again")
         doomed = rotated_out(entries, arguments.keep)
         files = [path / entry.file for entry in doomed] + (superseded_files(path) if arguments.superseded else [])
         freed = sum(file.stat().st_size for file in files)
@@ -186,9 +202,20 @@ def prune(path: Path, arguments: argparse.Namespace) -> int:
     finally:
         lock.release()
     for name in damaged:
-        print(f"left alone: {name}, which is damaged")
+        print(f"left alone: {name}, which is damaged or cannot be read")
     print(f"{size_text(freed)} {'would be' if arguments.dry_run else 'are'} free; {len(entries) - len(doomed)} checkpoint(s) stay")
     return 0
+
+
+def _take(lock: FolderLock, path: Path) -> None:
+    if not lock.acquire(0.0):
+        raise CheckpointError(f"a run is writing to {path}; prune when it has ended (it keeps --keep_checkpoints itself)")
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    """What changes when a run writes to the folder."""
+    files = [(file.name, file.stat()) for file in checkpoint_files(path)]
+    return read_manifest(path), [(name, status.st_size, status.st_mtime_ns) for name, status in files]
 
 
 # -- info -------------------------------------------------------------------------------------------------------------

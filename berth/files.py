@@ -24,6 +24,7 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 _SAMPLE = 1 << 16  # bytes of a sample of sampled_digest
+WORD_SECONDS = 10.0  # of waiting for a lock until somebody is told
 LEFTOVER_SECONDS = 24 * 3600.0  # a temporary file of another host untouched for so long has no writer
 
 
@@ -65,23 +66,29 @@ def remove_dead_leftovers(folder: str | os.PathLike[str], wanted: Callable[[str]
     except OSError:
         return []
     for name in names:
-        found = re.fullmatch(r"\.(.+?)(?:\.([A-Za-z0-9-]+))?\.(\d+)" + re.escape(TEMPORARY_SUFFIX), name, re.DOTALL)
-        if found is None:
+        writer = _writer_of(name, wanted)
+        if writer is None:
             continue
-        final, host, process = found.groups()
-        known = wanted(final)
-        if not known and host is not None:  # ".<name with a dot>.<pid>.partial" of an older version
-            final, host = f"{final}.{host}", None
-            known = wanted(final)
-        if not known:
-            continue
-        path = Path(folder) / name
+        path, (host, process) = Path(folder) / name, writer
         with contextlib.suppress(OSError):
-            dead = not _alive(int(process)) if host == _host() else time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
+            dead = not _alive(process) if host == _host() else time.time() - path.stat().st_mtime > LEFTOVER_SECONDS
             if dead:
                 path.unlink()
                 removed.append(name)
     return removed
+
+
+def _writer_of(name: str, wanted: Callable[[str], bool]) -> tuple[str | None, int] | None:
+    """Host (if known) and process that write the temporary file ``name``; ``None`` when it is none, or is not to become a ``wanted`` name."""
+    found = re.fullmatch(r"\.(.+?)(?:\.([A-Za-z0-9-]+))?\.(\d+)" + re.escape(TEMPORARY_SUFFIX), name, re.DOTALL)
+    if found is None:
+        return None
+    final, host, process = found.groups()
+    if wanted(final):
+        return host, int(process)
+    if host is not None and wanted(f"{final}.{host}"):  # ".<name with a dot>.<pid>.partial" of an older version
+        return None, int(process)
+    return None
 
 
 def fsync_directory(path: Path) -> None:
@@ -179,31 +186,35 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> list[str]:
-    """Delete the temporary files a killed writer left in ``folder``; their names are returned."""
-    removed = []
-    for path in sorted(Path(folder).glob(f".*{TEMPORARY_SUFFIX}")):
-        path.unlink(missing_ok=True)
-        removed.append(path.name)
+def remove_leftovers(folder: str | os.PathLike[str], wanted: Callable[[str], bool]) -> list[str]:
+    """Delete the temporary files in ``folder`` whose final name is ``wanted``, whoever wrote them: for the holder of the folder's lock, once
+    nobody else writes such files. Their names are returned."""
+    removed = [name for name in sorted(os.listdir(folder)) if _writer_of(name, wanted) is not None]
+    for name in removed:
+        (Path(folder) / name).unlink(missing_ok=True)
     return removed
 
 
 class FolderLock:
     """An exclusive lock on a folder, held until the process ends or :meth:`release`: two runs never write to one folder.
 
-    The operating system drops the lock when its holder dies, however it dies. File systems without locks are left unlocked.
+    The operating system drops the lock when its holder dies, however it dies (of a lost node: when the file server notices, which may
+    take minutes). File systems without locks are left unlocked. The file says who took the lock last.
     """
 
     def __init__(self, folder: str | os.PathLike[str], name: str = ".lock") -> None:
         self.path = Path(folder) / name
         self._descriptor: int | None = None
 
-    def acquire(self, wait_seconds: float) -> bool:
-        """Take the lock, trying for ``wait_seconds``; ``False`` when somebody else still holds it then."""
+    def acquire(self, wait_seconds: float, waiting: Callable[[str], None] | None = None) -> bool:
+        """Take the lock, trying for ``wait_seconds``; ``False`` when somebody else still holds it then.
+
+        ``waiting`` is called once, after ``WORD_SECONDS``, with who holds it in words.
+        """
         if self._descriptor is not None:
             return True
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        end = monotonic() + wait_seconds
+        start = monotonic()
         while True:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,13 +222,26 @@ class FolderLock:
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):  # this file system has no locks
                     os.close(descriptor)
                     return True
-                if monotonic() >= end:
+                if monotonic() - start >= wait_seconds:
                     os.close(descriptor)
                     return False
+                if waiting is not None and monotonic() - start >= WORD_SECONDS:
+                    waiting(self.holder())
+                    waiting = None
                 sleep(0.1)
             else:
                 self._descriptor = descriptor
+                with contextlib.suppress(OSError):  # a full disk: only people miss it
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
                 return True
+
+    def holder(self) -> str:
+        """Who took the lock last, in words."""
+        try:
+            return self.path.read_text(encoding="utf-8", errors="replace").strip()[:200] or "an unknown process"
+        except OSError:
+            return "an unknown process"
 
     def release(self) -> None:
         """Give the lock back."""

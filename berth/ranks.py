@@ -22,6 +22,8 @@ UNKNOWN = -1
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # Slurm numbers the batch script and an interactive shell from here on; they are no launch of ranks
 _AZURE_PORT, _DEFAULT_PORT = 6105, 29500
 _LAUNCHERS = re.compile(r"hydra_pmi_proxy|pmi_proxy|orted|prted|prterun|orterun|mpirun|mpiexec(\.hydra)?|mpispawn")
+_STEP = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+_MPI_JOBS = ("OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PBS_JOBID", "LSB_JOBID")
 _GENERATIONS = 12  # of ancestors looked at for the MPI daemon
 
 
@@ -211,8 +213,7 @@ def _known_address(environment: Mapping[str, str], place: Place, job: str) -> tu
     """Where the ranks meet, as the launcher's variables tell; ``None`` when they do not."""
     azure = environment.get("AZ_BATCH_MASTER_NODE") or environment.get("AZ_BATCHAI_MPI_MASTER_NODE")
     if azure:
-        name, _, port = azure.rpartition(":") if re.fullmatch(r".+:\d+", azure) else (azure, "", "")
-        return name, int(port or _AZURE_PORT)
+        return _host_of(azure), _AZURE_PORT
     if place.source == "Slurm":
         hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST")
         return (expand_nodes(hosts)[0], _port(job)) if hosts and job else None
@@ -221,14 +222,28 @@ def _known_address(environment: Mapping[str, str], place: Place, job: str) -> tu
     return None
 
 
+def _host_of(text: str) -> str:
+    """The host in ``host``, ``host:port``, ``[IPv6]:port`` or a bare IPv6 address. The port is Azure Batch's own, never ours."""
+    found = re.fullmatch(r"\[(.+)\](?::\d+)?|([^:]+):\d+", text)
+    return (found[1] or found[2]) if found else text
+
+
 def _job_id(environment: Mapping[str, str], place: Place) -> str:
-    """What is the same for all ranks of this launch and differs between launches; empty when nothing is."""
-    if in_slurm_step(environment) and environment.get("SLURM_JOB_ID"):
-        return ".".join(environment.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
-    for name in ("SUBMITIT_LOCAL_JOB_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "PBS_JOBID", "LSB_JOBID"):
-        if environment.get(name):
-            return environment[name]
-    return _launcher_above() if place.source in _MPI and place.local_world_size == place.world_size else ""
+    """What is the same for all ranks of this launch and differs between launches; empty when nothing is sure to be.
+
+    A Slurm step counts only where srun started the ranks themselves: of mpirun's, those on its own host are in no step, the others in its daemons'.
+    """
+    srun = (environment.get("SLURM_PROCID"), environment.get("SLURM_NTASKS")) == (str(place.rank), str(place.world_size))
+    if srun and place.source not in _MPI and in_slurm_step(environment) and environment.get("SLURM_JOB_ID"):
+        return ".".join(environment.get(name, "0") for name in _STEP)
+    if place.source == "submitit":
+        return environment.get("SUBMITIT_LOCAL_JOB_ID", "")
+    if place.source == "Open MPI" and environment.get("PMIX_NAMESPACE"):
+        return environment["PMIX_NAMESPACE"]  # mpirun's own number, which its daemons give the ranks of all hosts
+    if place.source in _MPI and place.local_world_size == place.world_size:  # one daemon, so all ranks have the same of these
+        found = [*(environment.get(name, "") for name in (*_STEP, *_MPI_JOBS)), _launcher_above()]
+        return ".".join(found) if any(found) else ""
+    return ""
 
 
 def _launcher_above() -> str:

@@ -4,12 +4,15 @@ Every line is ``DLLL {json}``. A ``LOG`` record has ``step`` (``"PARAMETER"``, `
 summary) and ``data``; a ``METADATA`` record declares a metric's unit (FEATURES 1.2.7). berth adds one top-level key,
 ``attempt``: 1 for the first process that wrote to the file, one more for each restart. After a crash the steps since the
 last checkpoint appear again under a higher attempt; :func:`read_steps` keeps the last word on every step.
+
+A disk that is full, or gone for a while, costs records and a warning, not the run. Nothing is buffered: what was refused is lost.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from berth.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "DLLL "
 
@@ -53,29 +58,34 @@ class RunLog:
     Args:
         path: the file; its folder is made. A half-written last line of a killed process is closed with a newline.
         start_time: ``time.monotonic()`` that ``elapsedtime`` counts from; now by default.
+
+    Raises :class:`DataError` when the file cannot be opened, or is something else. Writing raises nothing.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, start_time: float | None = None) -> None:
         self.start_time = time.monotonic() if start_time is None else start_time
         self.path = None if path is None else Path(path)
         self.attempt = 1
-        self._handle = None
+        self._descriptor: int | None = None
+        self._torn = False  # the file does not end with a newline
+        self._lost = 0  # records since writing worked last
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and self.path.stat().st_size:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            size = os.fstat(self._descriptor).st_size
+            self._torn = size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
+        except OSError as error:
+            raise DataError(f"run log {self.path} cannot be opened ({error.strerror}); choose another --json-summary") from error
+        if size:
             self.attempt = last_attempt(self.path) + 1
-        self._handle = open(self.path, "a+b")  # noqa: SIM115  closed by close()
-        if self._handle.tell():
-            self._handle.seek(-1, os.SEEK_END)
-            if self._handle.read(1) != b"\n":
-                self._handle.write(b"\n")
         if self.attempt == 1:
             for metric, unit in UNITS.items():
                 self._write({"type": "METADATA", "metric": metric, "metadata": {"unit": unit}})
 
     def log(self, step: str | tuple[int, ...], data: dict[str, Any]) -> None:
-        """Write one record and hand it to the operating system at once."""
+        """Write one record and hand it to the operating system at once; a warning when that refuses."""
         self._write({"type": "LOG", "step": step, "data": data})
 
     def parameters(self, **data: Any) -> None:
@@ -83,7 +93,7 @@ class RunLog:
         self.log("PARAMETER", data)
 
     def _write(self, record: dict[str, Any]) -> None:
-        if self._handle is None:
+        if self._descriptor is None:
             return
         now = time.time()
         stamp = {
@@ -93,14 +103,38 @@ class RunLog:
             "attempt": self.attempt,
         }
         line = PREFIX + json.dumps({**stamp, **record}, allow_nan=True)
-        self._handle.write(line.encode() + b"\n")
-        self._handle.flush()
+        try:
+            self._put(self._descriptor, (b"\n" if self._torn else b"") + line.encode() + b"\n")
+        except OSError as error:
+            if not self._lost:
+                logger.warning(
+                    "WARNING: run log %s cannot be written (%s). TRAINING GOES ON WITHOUT ITS RECORDS", self.path, error.strerror
+                )
+            self._lost += 1
+            return
+        if self._lost:
+            logger.warning("run log %s can be written again; %d record(s) are lost", self.path, self._lost)
+            self._lost = 0
+
+    def _put(self, descriptor: int, data: bytes) -> None:
+        """All of ``data``; remembers how the file ends when the disk takes only a part."""
+        while data:
+            written = os.write(descriptor, data)
+            if written:
+                self._torn = data[written - 1 : written] != b"\n"
+            data = data[written:]
 
     def close(self) -> None:
-        """Flush and close; later records are dropped."""
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        """Close; later records are dropped."""
+        if self._descriptor is None:
+            return
+        if self._lost:
+            logger.warning("WARNING: the last %d record(s) of run log %s are lost", self._lost, self.path)
+        descriptor, self._descriptor = self._descriptor, None
+        try:
+            os.close(descriptor)
+        except OSError as error:  # file servers say at the end what they could not keep
+            logger.warning("WARNING: the last records of run log %s may be lost (%s)", self.path, error.strerror)
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:

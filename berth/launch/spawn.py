@@ -1,10 +1,10 @@
 """What srun is to a cluster, on this machine: N processes that know their rank and end together.
 
-    python -m berth.launch.spawn --ranks N [--label] -- PROGRAM ARGS...
+    python -m berth.launch.spawn --ranks N [--label] [--grace SECONDS] -- PROGRAM ARGS...
 
 The processes get RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, and this terminal, so that a progress bar
-works. Signals are passed on to all. When one fails, the others are asked to end (SIGTERM) and killed ten seconds later, as by
-``srun --kill-on-bad-exit``; the exit code is the highest of those that ended by themselves, 128 + signal for a killed one.
+works. Signals are passed on to all. When one fails, the others are asked to end (SIGTERM), as by ``srun --kill-on-bad-exit``, and killed when
+they have not after ``--grace`` seconds; the exit code is the highest of those that ended by themselves, 128 + signal for a killed one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from berth.errors import LaunchError, run_main
 from berth.launch.rank import split_command
 from berth.processes import end_with_parent
 
-GRACE_SECONDS = 10.0
+GRACE_SECONDS = 150.0  # ranks that lost one find out which (15 s) and finish a checkpoint that is being written (120 s)
 FORWARDED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 _LONGEST_LINE = 1 << 16  # bytes; a longer one is cut, so that output without line ends does not fill the memory
 
@@ -75,8 +75,8 @@ class Step:
     because Linux ends a child with the *thread* that made it.
     """
 
-    def __init__(self, ranks: int, command: Sequence[str], label: bool) -> None:
-        self.ranks, self.command, self.label = ranks, list(command), label
+    def __init__(self, ranks: int, command: Sequence[str], label: bool, grace: float = GRACE_SECONDS) -> None:
+        self.ranks, self.command, self.label, self.grace = ranks, list(command), label, grace
         self.running: dict[int, subprocess.Popen[bytes]] = {}
         self.codes: list[int] = []  # of those that ended by themselves
         self.kill_at: float | None = None  # set once the others were asked to end
@@ -144,12 +144,12 @@ class Step:
         if self.kill_at is not None and monotonic() >= self.kill_at:
             for child in self.running.values():
                 _kill_group(child.pid)
-            self.kill_at = monotonic() + GRACE_SECONDS
+            self.kill_at = monotonic() + self.grace
 
     def _forward(self, number: int) -> None:
         self._signal_all(number)
         if number == signal.SIGTERM and os.getppid() != self.parent:  # whoever wanted the result is gone
-            self.kill_at = self.kill_at or monotonic() + GRACE_SECONDS
+            self.kill_at = self.kill_at or monotonic() + self.grace
 
     def _notice_ended(self) -> None:
         for rank, child in list(self.running.items()):
@@ -163,7 +163,7 @@ class Step:
                 self.codes.append(code)
         if self.kill_at is None and any(self.codes) and self.running:
             self._signal_all(signal.SIGTERM)
-            self.kill_at = monotonic() + GRACE_SECONDS
+            self.kill_at = monotonic() + self.grace
 
     def _signal_all(self, number: int) -> None:
         """Not ``Popen.send_signal``: that reaps a process that has ended, and its exit code with it, before it was noticed."""
@@ -214,16 +214,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, command = split_command(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m berth.launch.spawn",
-        usage="%(prog)s --ranks N [--label] -- PROGRAM [ARGS ...]",
+        usage="%(prog)s --ranks N [--label] [--grace SECONDS] -- PROGRAM [ARGS ...]",
         description="N processes on this machine.",
     )
     parser.add_argument("--ranks", type=int, required=True, metavar="N", help="how many processes")
     parser.add_argument("--label", action="store_true", help="write the rank before each line")
+    parser.add_argument(
+        "--grace", type=float, default=GRACE_SECONDS, metavar="SECONDS",
+        help="from asking the others to end, because one failed, to killing them (default: %(default)g)",
+    )  # fmt: skip
     options = parser.parse_args(own)
     if options.ranks < 1:
         parser.error(f"--ranks {options.ranks} must be at least 1")
+    if not 0 <= options.grace < float("inf"):
+        parser.error(f"--grace {options.grace:g} must be a number of seconds, 0 or more")
     end_with_parent(signal.SIGTERM)
-    return Step(options.ranks, command, options.label).run()
+    return Step(options.ranks, command, options.label, options.grace).run()
 
 
 if __name__ == "__main__":

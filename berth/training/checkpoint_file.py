@@ -5,19 +5,37 @@ Reading is ``torch.load(weights_only=True)``, which refuses anything but tensors
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
+import logging
 import os
+import shutil
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from berth.errors import CheckpointError
 from berth.files import sha256_file
-from berth.training.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Entry
+from berth.training.manifest import FORMAT, FORMAT_VERSION, MANIFEST, Entry, size_text
+
+T = TypeVar("T")
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NONSENSE = (None, errno.EINVAL, errno.EOVERFLOW)  # what damaged offsets in a file lead to
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableError(CheckpointError):
+    """The file system did not give a file's bytes: nothing is known of them, and another time they may be had."""
 
 
 class HashingWriter:
@@ -46,7 +64,7 @@ class HashingWriter:
 
 
 def check_bytes(path: Path, entry: Entry | None) -> None:
-    """Raise :class:`CheckpointError` unless the file holds the bytes that were written.
+    """Raise :class:`CheckpointError` unless the file holds the bytes that were written; :class:`UnreadableError` where that cannot be told.
 
     Held against size and SHA-256 of its ``entry``; without an entry, or a checksum in it, against the CRCs in the archive itself.
     """
@@ -59,10 +77,17 @@ def check_bytes(path: Path, entry: Entry | None) -> None:
             raise CheckpointError(f"checkpoint {path} has {size} bytes, {entry.bytes} were written: it is truncated or damaged")
         if sha256_file(path) != entry.sha256:
             raise CheckpointError(f"checkpoint {path} does not match its checksum in {MANIFEST}: it is damaged")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {path} does not exist") from error
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror})") from error
+        raise refused(path, error) from error
+
+
+def refused(path: str | os.PathLike[str], error: OSError) -> CheckpointError:
+    """What an ``OSError`` of reading ``path`` means."""
+    if isinstance(error, FileNotFoundError):
+        return UnreadableError(f"checkpoint {path} does not exist")
+    if error.errno in _NONSENSE:
+        return CheckpointError(f"checkpoint {path} cannot be read ({first_line(error)}): it is truncated or damaged")
+    return UnreadableError(f"checkpoint {path} cannot be read ({error.strerror}); that says nothing about what is in it")
 
 
 def _check_archive(path: Path) -> None:
@@ -80,13 +105,13 @@ def _check_archive(path: Path) -> None:
 def read_checkpoint(path: str | os.PathLike[str], map_location: str = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Load a file of berth's format with ``weights_only=True``; with ``mmap`` a tensor is read when it is looked at.
 
-    Raises :class:`CheckpointError` when it is missing, truncated, or something else.
+    Raises :class:`CheckpointError` when it is truncated or something else, :class:`UnreadableError` when it is missing or the disk refuses.
     """
     try:
         payload = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint {path} does not exist") from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise refused(path, error) from error
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"checkpoint {path} cannot be read ({first_line(error)}): it is truncated or damaged") from error
     except Exception as error:  # the unpickler refuses anything but tensors and plain values
         raise CheckpointError(f"{path} is not a berth checkpoint ({first_line(error)})") from error
@@ -108,6 +133,8 @@ def entry_of_file(path: Path) -> Entry:
         )  # fmt: skip
     except KeyError as error:
         raise CheckpointError(f"{path} is not a berth checkpoint: it has no {error}") from error
+    except OSError as error:
+        raise refused(path, error) from error
 
 
 def listed(path: Path, entry: Entry) -> Entry:
@@ -116,7 +143,7 @@ def listed(path: Path, entry: Entry) -> Entry:
     try:
         return dataclasses.replace(entry, sha256=sha256_file(path))
     except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error.strerror})") from error
+        raise refused(path, error) from error
 
 
 def tensors_of(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -132,6 +159,29 @@ def stored_bytes(payload: dict[str, Any]) -> int:
     """What the tensors take in a file: whole storages, those that tensors share once."""
     storages = (tensor.untyped_storage() for _, tensor in tensors_of(payload))
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def patiently(read: Callable[[], T], pauses: Sequence[float]) -> T:
+    """``read()``, again after each of the ``pauses`` (seconds) where the file system refuses; what does not exist is not waited for."""
+    for pause in pauses:
+        try:
+            return read()
+        except UnreadableError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise
+            logger.warning("%s; the next try is in %g s", error, pause)
+        time.sleep(pause)
+    return read()
+
+
+def why_refused(error: BaseException, folder: Path, payload: dict[str, Any]) -> str:
+    """Why writing ``payload`` failed; where space is what is missing, how much."""
+    if not isinstance(error, OSError) or error.errno not in _FULL:
+        return first_line(error)
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        return f"{error.strerror}: {size_text(stored_bytes(payload))} are needed, {size_text(free)} are free"
+    return str(error.strerror)
 
 
 def first_line(error: BaseException) -> str:

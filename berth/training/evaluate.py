@@ -70,6 +70,11 @@ class HeldOut:
             counts.add(self.stream.rows(at, min(ROWS_AT_ONCE, seen - at)))
         self.baselines = counts.baselines()
 
+    @property
+    def fingerprint(self) -> str:
+        """What is scored: the records and how many of them."""
+        return f"{self.stream.index.fingerprint} {self.count}"
+
     def evaluate(
         self,
         model: nn.Module,

@@ -55,10 +55,12 @@ def _row(file: Path, entry: Entry | None) -> Row:
     if entry is not None:
         state = "wrong size" if entry.bytes != status.st_size else "listed" if entry.sha256 else "unlisted"
         return _listed(entry, state, **found)
-    from berth.training.checkpoint_file import entry_of_file  # torch: only for files that nobody else knows
+    from berth.training.checkpoint_file import UnreadableError, entry_of_file  # torch: only for files that nobody else knows
 
     try:
         return _listed(entry_of_file(file), "unlisted", **found)
+    except UnreadableError:
+        return Row(file.name, "unreadable", **found)
     except CheckpointError:
         return Row(file.name, "damaged", **found)
 
@@ -80,7 +82,7 @@ def check(path: Path, entry: Entry | None, finite: bool) -> str:
 
 
 def sound(folder: Path) -> tuple[list[Entry], list[str]]:
-    """Checkpoints of a folder up to its newest good one, oldest first, and the names of the damaged ones after it.
+    """Checkpoints of a folder up to its newest good one, oldest first, and the names of the damaged or unreadable ones after it.
 
     Raises :class:`CheckpointError` when none is good: then every file may be the one that can be mended.
     """

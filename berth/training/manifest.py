@@ -61,13 +61,14 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """What ``folder`` has written about itself. A manifest that is missing is empty; so is a damaged one, with a warning."""
+    """What ``folder`` has written about itself. A manifest that is missing is empty; so is a damaged one, with a warning. One that the
+    disk refuses to give is an ``OSError``: its checksums count."""
     path = folder / MANIFEST
-    if not path.exists():
-        return Manifest()
     try:
         content = read_json(path)
         return Manifest(tuple(_entry(item) for item in content["checkpoints"]), content.get("config"))
+    except (FileNotFoundError, NotADirectoryError):
+        return Manifest()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is unreadable (%r); going by the checkpoint files alone", path, error)
         return Manifest()
@@ -125,9 +126,25 @@ def checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for _, name in sorted(found)]
 
 
+def own_name(name: str) -> bool:
+    """Whether only the run that holds the folder's lock writes a file of this name."""
+    return name in (MANIFEST, LATEST) or _NAME.match(name) is not None
+
+
 def superseded_files(folder: Path) -> list[Path]:
     """Checkpoints that were set aside because the run went back before them, or because they are damaged."""
     return sorted(folder / name for name in os.listdir(folder) if _ASIDE.match(name))
+
+
+def set_aside(path: Path) -> None:
+    """Rename a checkpoint, if it is there, to ``superseded_<n>_<name>``: nothing resumes from it, its owner can look at it."""
+    if not path.exists():
+        return
+    number = 1
+    while (aside := path.with_name(f"superseded_{number}_{path.name}")).exists():
+        number += 1
+    path.rename(aside)
+    logger.warning("%s is not part of this run any more; it is now %s", path, aside.name)
 
 
 def rotated_out(entries: Sequence[Entry], keep: int) -> list[Entry]:

@@ -163,7 +163,7 @@ def memory_gib(device: torch.device) -> float:
 class WindowSums:
     """Sums over steps of this rank. ``steps`` counts updates; sequences, tokens, floating-point operations and the seconds of ``parts`` are
     of skipped steps, too, the scores (``mlm`` and ``nsp`` in nats, ``correct`` of ``masked`` tokens) are not. Checksum and bytes are of
-    the last batch."""
+    the last update's batch."""
 
     steps: int = 0
     sequences: int = 0
@@ -181,8 +181,8 @@ class WindowSums:
     def add(self, batch: StepBatch, result: StepResult, flops: float) -> None:
         """Account for one step of this rank; tensors are added up where they are, so that a GPU is not waited for."""
         self.sequences, self.tokens, self.flops = self.sequences + batch.sequences, self.tokens + batch.tokens, self.flops + flops
-        self.checksum, self.bytes = batch.checksum, batch.bytes
         if not result.skipped:  # its loss is not finite
+            self.checksum, self.bytes = batch.checksum, batch.bytes
             self.steps, self.masked = self.steps + 1, self.masked + batch.masked
             self.mlm, self.nsp, self.correct = self.mlm + result.mlm_loss, self.nsp + result.nsp_loss, self.correct + result.mlm_correct
 

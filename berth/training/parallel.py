@@ -257,7 +257,7 @@ def _mean_hook(world: int, clock: StepClock, wire: torch.dtype) -> Callable[[Any
 
     def reduce(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
-        sent = buffer.div_(world) if wire == buffer.dtype else buffer.to(wire).div_(world)
+        sent = buffer.div_(world) if wire == buffer.dtype else buffer.div(world).to(wire)
         work = dist.all_reduce(sent, async_op=True)
         if bucket.is_last():
             clock.enter("communication")

@@ -62,8 +62,8 @@ def decide_start(
     """
     if unusable and not entries and resume:
         raise CheckpointError(
-            f"{output_dir} holds {', '.join(unusable)}, but none of it can be resumed from (damaged, or not berth's); restore a good one, or "
-            "choose another --output_dir. Weights of other programs go through --init_checkpoint"
+            f"{output_dir} holds {', '.join(unusable)}, but none of it can be resumed from (damaged, unreadable, or not berth's); restore a good "
+            "one, or choose another --output_dir. Weights of other programs go through --init_checkpoint"
         )
     if not resume:
         _refuse_foreign([*unusable, *(entry.file for entry in entries)], output_dir)

@@ -95,5 +95,11 @@ def make_precision(
     if loss_scale:
         return Precision(name, device_type, LossScaler(scale=loss_scale, dynamic=False))
     if name == "fp16":
-        return Precision(name, device_type, LossScaler(scale=init_loss_scale, floor=floor, growth_interval=growth_interval))
+        return Precision(
+            name,
+            device_type,
+            LossScaler(
+                scale=init_loss_scale, ceiling=max(LossScaler.ceiling, init_loss_scale), floor=floor, growth_interval=growth_interval
+            ),
+        )
     return Precision(name, device_type, LossScaler(scale=1.0, dynamic=False))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from berth.flops import Sizes, peak_flops, step_flops
 from berth.runlog import RunLog
 from berth.training.batches import StepBatch
+from berth.training.board import Board
 from berth.training.distributed import Communicator
 from berth.training.evaluate import Baselines, Evaluation
 from berth.training.metrics import PARTS, StepClock, Window, WindowSums, memory_gib, reduce_window
@@ -62,7 +63,7 @@ class Reporter:
         self.peak = peak_of(options, communicator.device)
         self.started = time.monotonic()
         self.log = RunLog(None)
-        self.board: Any = None
+        self.board: Board | None = None
         self.bar: Any = None
         self.window, self.total = WindowSums(), WindowSums()
         self._steps = 0
@@ -74,9 +75,7 @@ class Reporter:
             return
         self.log = RunLog(self.options.json_summary, self.started)
         if self.options.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.options.tensorboard_dir, purge_step=step + 1)
+            self.board = Board(self.options.tensorboard_dir, step)
         if sys.stderr.isatty() and not self.options.disable_progress_bar:
             self.bar = tqdm(total=total, initial=done, unit="step", desc=f"phase {self.options.phase}", dynamic_ncols=True)
             handler = _BarHandler()
@@ -107,6 +106,16 @@ class Reporter:
         if self._steps > WARM_UP_STEPS:
             self.total.add_parts(seconds)
 
+    @property
+    def window_steps(self) -> int:
+        """Updates since the last :meth:`exchange`, which no record tells of yet; the same number on all ranks."""
+        return self.window.steps
+
+    def drop_window(self) -> None:
+        """Forget these updates, which a rollback has undone. The means of the summary, which are of work done, keep them."""
+        self._read_clock()
+        self.window = WindowSums()
+
     def exchange(self) -> Window:
         """What all ranks did since the last call, or the start. All ranks must call it: one collective."""
         self._read_clock()
@@ -136,9 +145,7 @@ class Reporter:
         }
         self.log.log((epoch, step), data)
         if self.board is not None:
-            for name in data:
-                if name not in NOT_ON_BOARD:
-                    self.board.add_scalar(f"train/{name}", data[name], step)
+            self.board.add({f"train/{name}": value for name, value in data.items() if name not in NOT_ON_BOARD}, step)
         rate, slow = data["training_sequences_per_second"], window.straggler
         slowest = {"slowest": f"rank {slow.rank} on {slow.host} ({slow.ratio:.1f}x)"} if slow is not None and slow.named else {}
         if self.bar is not None:
@@ -162,8 +169,8 @@ class Reporter:
         scores = {name: value for name, value in dataclasses.asdict(result).items() if has_nsp or not name.startswith("nsp")}
         self.log.log((0, step), {"evaluation": when, **scores, "baselines": dataclasses.asdict(base)})
         if self.board is not None:
-            for name in {"mlm_loss", "mlm_accuracy", "nsp_accuracy"} & scores.keys():
-                self.board.add_scalar(f"held_out/{name}", scores[name], step)
+            curves = {"mlm_loss", "mlm_accuracy", "nsp_accuracy"} & scores.keys()
+            self.board.add({f"held_out/{name}": scores[name] for name in sorted(curves)}, step)
         nsp = f", NSP accuracy {100 * result.nsp_accuracy:.2f} % (majority {100 * base.most_frequent_nsp_accuracy:.2f} %)"
         self.say(
             "held-out (%s, step %d): MLM loss %.4f nat (unigram entropy %.4f), accuracy %.2f %% (most frequent token %.2f %%)%s, %d sequences",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from berth.errors import CheckpointError
-from berth.training.checkpoint import CheckpointStore
+from berth.training.checkpoint import CheckpointStore, UnlistedError
 
 FAILURES_ALLOWED = 2  # in a row; the next one ends the run
 EXIT_SECONDS = 600.0  # how long an exiting process waits for a write: a disk that hangs must not keep it for ever
@@ -148,8 +148,8 @@ class AsyncSaver:
         if result.final or self._failures > FAILURES_ALLOWED:
             raise _fatal(result.error)
         logger.warning(
-            "WARNING: %s. TRAINING GOES ON WITHOUT THIS CHECKPOINT (failure %d in a row; number %d ends the run)",
-            result.error, self._failures, FAILURES_ALLOWED + 1,
+            "WARNING: %s. TRAINING GOES ON%s (failure %d in a row; number %d ends the run)",
+            result.error, "" if isinstance(result.error, UnlistedError) else " WITHOUT THIS CHECKPOINT", self._failures, FAILURES_ALLOWED + 1,
         )  # fmt: skip
 
 

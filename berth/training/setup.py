@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from isal import isal_zlib
 from torch import nn
 
 import modeling
@@ -162,13 +164,27 @@ def build_model(options: Options, config: modeling.BertConfig) -> nn.Module:
     return model
 
 
+def effective_sharding(options: Options, world_size: int) -> str:
+    """How the state is really spread: on one process ``--shard`` has nothing to split."""
+    return options.sharding if world_size > 1 or options.uses_deepspeed else "none"
+
+
+def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 over names and bytes of CPU tensors: whether all ranks have read the same."""
+    crc = 0
+    for name in sorted(weights):
+        crc = isal_zlib.crc32(name.encode(), crc)
+        crc = isal_zlib.crc32(weights[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"CRC-32 {crc:08x}"
+
+
 def spread(options: Options, model: nn.Module, communicator: Communicator, clock: StepClock) -> tuple[Parallel, Choice]:
     """``model`` (on its device) and its optimizer, spread over the ranks as --shard or --deepspeed says; and whose kernels run."""
     choice = choose(
         options.optimizer_backend,
         device=communicator.device,
         optimizer=options.optimizer,
-        sharding=options.sharding,
+        sharding=effective_sharding(options, communicator.world_size),
         precision=options.precision,
     )
     fuse_layer_norms(model, choice)

@@ -70,6 +70,8 @@ def identity(options: Options, model_config: dict[str, Any], world_size: int, da
         "weight_decay": options.weight_decay,
         "max_grad_norm": options.max_grad_norm,
         "precision": options.precision,
+        "loss_scale": options.loss_scale,
+        "reduce_dtype": options.reduce_dtype,
         "model_config": model_config,
         "data": data_fingerprint,
         "vocab_sha256": vocab_sha256,
@@ -112,7 +114,9 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], *, same_phase
 
 
 def _unknown(key: str, saved: dict[str, Any], current: dict[str, Any]) -> bool:
-    """A vocabulary that one side does not know cannot be compared."""
+    """A vocabulary that one side does not know cannot be compared, nor what an older berth did not write down."""
+    if key in ("loss_scale", "reduce_dtype") and key not in saved:
+        return True
     return key == "vocab_sha256" and not (saved.get(key) and current[key])
 
 

@@ -7,6 +7,7 @@ over the global batch however the batch is cut. Reduction averages over ranks, h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -58,11 +59,21 @@ class TrainingStep:
     Args:
         clip_norm: gradients are scaled to this global norm before the update; 0 = off.
         clock: learns which part of a step time goes to.
+        progress: called before every micro-batch with its number (from 1) and how many there are.
     """
 
-    def __init__(self, parallel: Parallel, schedule: Schedule, precision: Precision, clock: StepClock, *, clip_norm: float = 1.0) -> None:
+    def __init__(
+        self,
+        parallel: Parallel,
+        schedule: Schedule,
+        precision: Precision,
+        clock: StepClock,
+        *,
+        clip_norm: float = 1.0,
+        progress: Callable[[int, int], None] = lambda number, of: None,
+    ) -> None:
         self.parallel, self.schedule, self.precision = parallel, schedule, precision
-        self.clock, self.clip_norm = clock, clip_norm
+        self.clock, self.clip_norm, self.progress = clock, clip_norm, progress
         self.device, self.world_size = parallel.communicator.device, parallel.communicator.world_size
         self._settled = False
 
@@ -74,9 +85,10 @@ class TrainingStep:
         self.parallel.module.train()
         self._settle(batch.micro_batches[0], masked, sequences)
         losses = LossSums.zeros(self.device)
-        last = len(batch.micro_batches) - 1
-        for number, micro in enumerate(batch.micro_batches):
-            with self.parallel.micro_batch(number == last):
+        count = len(batch.micro_batches)
+        for number, micro in enumerate(batch.micro_batches, 1):
+            self.progress(number, count)
+            with self.parallel.micro_batch(number == count):
                 self._forward_backward(micro.to(self.device), losses, masked, sequences)
         self.clock.enter("optimizer")
         rate = self.schedule.apply(self.parallel.optimizer, step)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Sequence
 
 from berth.errors import LostRankError
-from berth.training.distributed import some_ranks
+from berth.training.meeting import some_ranks
 
 RUNNING = "running"
 LOST = "lost"  # a collective failed on it; it is finding out why
@@ -59,10 +59,6 @@ class Verdict:
         """From :meth:`encode`'s JSON."""
         ranks, sentence, code = json.loads(text)
         return cls(tuple(ranks), sentence, code)
-
-    def error(self) -> LostRankError:
-        """As the error to raise."""
-        return LostRankError(self.text, self.code)
 
 
 class AwakeClock:

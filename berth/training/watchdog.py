@@ -93,7 +93,7 @@ class Watchdog:
             return lost
         verdict = self._agree_on(verdict)
         self._part(LEFT)
-        return verdict.error()
+        return LostRankError(self._said(verdict), verdict.code)
 
     def close(self) -> None:
         """This rank has come to its end; whoever is not there yet is not deserted. Rank 0 waits two intervals for the others."""
@@ -136,16 +136,24 @@ class Watchdog:
         """Tell the others; rank 0 stays until they know, since the store may end with it."""
         self._state = state
         self._wake.set()
-        self._await(lambda: self._told == state, self.interval)
+        self._await(lambda: self._told == state or self._store_lost(), self.interval)
         if self.communicator.rank == 0:
             blamed = self._verdict.ranks if self._verdict else ()
             self._await(lambda: all(beat.state in (LEFT, DONE) or at in blamed for at, beat in enumerate(self._beats)), 2 * self.interval)
+
+    def _store_lost(self) -> bool:
+        return bool(self._threads) and not self._threads[0].is_alive()
 
     @staticmethod
     def _await(ready: Callable[[], bool], seconds: float) -> None:
         end = time.monotonic() + seconds
         while not ready() and time.monotonic() < end:
             time.sleep(0.02)
+
+    def _said(self, verdict: Verdict) -> str:
+        """The sentence to print. The blamed rank's last beat may be seconds and many steps old; where this rank is says more."""
+        mine = verdict.code == LostRankError.exit_code and self.communicator.rank not in verdict.ranks
+        return f"{verdict.text} (this rank was at step {self._position[0]})" if mine else verdict.text
 
     def _host(self) -> str:
         return self.communicator.hosts[self.communicator.rank]
@@ -164,6 +172,8 @@ class Watchdog:
                 self._talked = time.monotonic()
             except (RuntimeError, ValueError):  # the store hiccups: a new connection; the other thread sees how long it takes
                 store = None
+                if self._verdict is not None:  # rank 0 is gone, and all is said; every further try would write 30 lines below that
+                    return
             self._wake.wait(self.interval if self._state == RUNNING else min(0.1, self.interval / 10))
             self._wake.clear()
 
@@ -211,11 +221,14 @@ class Watchdog:
 
     def _leave(self, verdict: Verdict) -> None:
         """End this process, whatever its main thread is doing."""
-        os.write(2, f"error: {verdict.text}\n".encode())  # no buffer, whose lock the main thread may hold
+        line = f"error: {self._said(verdict)}\n".encode()
+        os.write(2, line)  # no buffer, whose lock the main thread may hold
         if self.before_leaving is not None:
             _try(self.before_leaving, _FINISH_SECONDS)
         self._part(LEFT)
         _try(sys.stdout.flush, 1.0)
+        if self._store_lost():  # torch has written of that, too
+            os.write(2, line)
         os._exit(verdict.code)
 
 

@@ -1,6 +1,7 @@
 """berth-ckpt as people type it: what it prints, what it deletes, how it exits. In one process, except where the process is the point."""
 
 import configparser
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import torch
 
 from berth import ckpt
 from berth.errors import CheckpointError, ConfigError
+from berth.training import checkpoint_file
 from berth.training.checkpoint import CheckpointStore, read_checkpoint
+from berth.training.inspection import survey
 from berth.training.manifest import size_text
 from tests.support import ROOT, environment
 
@@ -188,7 +191,7 @@ def test_prune_never_takes_the_newest_good_one(run, capsys):
         flip(run / f"ckpt_{step}.pt")
     assert ckpt.main(["prune", "--keep", "1", str(run)]) == 0
     assert [name for name in names(run) if name.endswith(".pt")] == ["ckpt_20.pt", "ckpt_25.pt", "ckpt_30.pt", "ckpt_35.pt"]
-    assert "left alone: ckpt_35.pt, which is damaged" in capsys.readouterr().out
+    assert "left alone: ckpt_35.pt, which is damaged or cannot be read" in capsys.readouterr().out
     assert (run / "latest").read_text() == "ckpt_25.pt\n"
     for name in ("ckpt_20.pt", "ckpt_25.pt"):
         flip(run / name)
@@ -209,6 +212,49 @@ def test_prune_stays_away_from_a_running_run_and_from_mistakes(run):
         ckpt.main(["prune", "--keep", "0", str(run)])
     with pytest.raises(ConfigError, match="is a file; prune works on the output folder"):
         ckpt.main(["prune", "--keep", "1", str(run / "ckpt_10.pt")])
+
+
+@pytest.mark.parametrize("happens", ["a run waits", "a run saves", "a run is still there"])
+def test_prune_reads_back_without_the_lock(run, monkeypatch, happens):
+    """Reading the newest may take minutes: a run that starts meanwhile goes ahead, and prune takes nothing from it."""
+    real = ckpt.sound
+    starting = CheckpointStore(run)
+    monkeypatch.setattr("berth.training.checkpoint.LOCK_WAIT_SECONDS", 0.0)
+
+    def meanwhile(path):
+        found = real(path)
+        starting.lock()
+        if happens == "a run saves":
+            starting.save({"model": {}}, step=40, phase=2, phase_step=20, samples=2560, final=False)
+        if happens != "a run is still there":
+            starting._lock.release()
+        return found
+
+    monkeypatch.setattr(ckpt, "sound", meanwhile)
+    before = names(run)
+    if happens == "a run waits":
+        assert ckpt.main(["prune", "--keep", "1", str(run)]) == 0
+        assert [name for name in names(run) if name.endswith(".pt")] == ["ckpt_20.pt", "ckpt_35.pt"]
+        return
+    why = "was changed while its newest" if happens == "a run saves" else "a run is writing to"
+    with pytest.raises(CheckpointError, match=why):
+        ckpt.main(["prune", "--keep", "1", str(run)])
+    if happens == "a run is still there":
+        assert names(run) == before
+    assert (run / "ckpt_35.pt").exists() and (happens != "a run saves" or (run / "ckpt_40.pt").exists())
+
+
+def test_ls_of_what_cannot_be_read(run, monkeypatch):
+    (run / "manifest.json").unlink()
+    real = checkpoint_file.torch.load
+
+    def load(path, **options):
+        if path.name == "ckpt_35.pt":
+            raise OSError(errno.EIO, "Input/output error")
+        return real(path, **options)
+
+    monkeypatch.setattr(checkpoint_file.torch, "load", load)
+    assert {row.file: row.state for row in survey(run)}["ckpt_35.pt"] == "unreadable"
 
 
 @pytest.mark.parametrize("optimizer", ["lamb", "adamw"])

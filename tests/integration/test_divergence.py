@@ -21,6 +21,11 @@ first, last = map(int, os.environ["POISON"].split(","))
 plain = TrainingStep.__call__
 def poisoned(self, batch, *arguments):
     handles = []
+    if batch.first_sample >= first and os.environ.get("DAMAGE"):
+        path = os.environ.pop("DAMAGE")
+        data = bytearray(open(path, "rb").read())
+        data[len(data) // 2] ^= 1
+        open(path, "wb").write(data)
     if first <= batch.first_sample < last and os.environ.get("RANK", "0") == "0":
         named = dict(self.parallel.module.named_parameters())
         for name in ("bert.encoder.layer.1.output.dense.weight", "cls.predictions.bias"):
@@ -33,6 +38,16 @@ TrainingStep.__call__ = poisoned
 run_main(run_pretraining.main)
 """
 COMMON = {"max_consecutive_skips": 3, "on_divergence": "rollback"}
+
+
+def start_poisoned(project, window, damage, **changes):
+    """One process; ``damage`` names a checkpoint in which a bit is flipped when the window begins."""
+    os.environ["DAMAGE"] = str(project / "out" / damage)
+    try:
+        (ended,) = poisoned(project, window, **changes)
+    finally:
+        del os.environ["DAMAGE"]
+    return ended
 
 
 def poisoned(project, window, processes=1, **changes):
@@ -74,7 +89,30 @@ def test_rollback_leaves_the_bad_window_out(project, processes):
     assert steps[24]["skipped_steps"] == 3 and facts(project, "rollback")[0]["skipped_samples"] == [160, 224]
     payload = torch.load(project / "out" / "ckpt_24.pt", weights_only=True)
     assert (payload["rollbacks"], payload["samples"], payload["phase_step"]) == (1, 448, 24)
+    early = torch.load(project / "out" / "ckpt_15.pt", weights_only=True)
+    assert (early["rollbacks"], early["samples"]) == (1, 304)
     assert all(torch.isfinite(tensor).all() for tensor in payload["model"].values())
+
+
+def test_rollback_passes_over_what_is_ahead_or_damaged(project):
+    """After --resume_step 10 checkpoints 15 and 20 are another branch's, and 10 itself is damaged meanwhile: back to 5."""
+    ((code, said),) = poisoned(project, (10**8, 10**9), num_steps_per_checkpoint=5, keep_checkpoints=5, steps_this_run=20)
+    assert code == 0, said
+    done = start_poisoned(
+        project,
+        (176, 224),
+        resume_from_checkpoint=True,
+        resume_step=10,
+        num_steps_per_checkpoint=100,
+        keep_checkpoints=5,
+        steps_this_run=8,
+        damage="ckpt_10.pt",
+    )
+    assert done[0] == 0, done[1]
+    assert "ckpt_10.pt" in done[1] and "falling back to the checkpoint before it" in done[1]
+    assert "rollback 1 of 3 to ckpt_5.pt, samples 80 to 223 are left out" in done[1]
+    steps = read_steps(project / "out" / "dllogger.json")
+    assert steps[6]["first_sample"] == 224 and max(steps) < 15
 
 
 def test_too_many_rollbacks_end_the_run(project):
@@ -95,3 +133,16 @@ def test_stop_names_the_tensors(project):
     assert code == 1 and "3 steps in a row had a non-finite gradient" in said and "loss scale" in said
     assert said.count("cls.predictions.bias") >= 4 and "nan" in said
     assert [data["skipped_step"] for data in facts(project, "skipped_step")] == [3, 3, 3]
+
+
+def test_a_skipped_first_step_of_phase_2_writes_nothing_over_phase_1(project):
+    """fp16 begins by skipping: a stop before the first update has nothing to keep, and phase 1's end bears that number."""
+    ((code, said),) = poisoned(project, (10**8, 10**9), max_steps=4)
+    assert code == 0, said
+    before = (project / "out" / "ckpt_4.pt").read_bytes()
+    phase2 = {"phase2": True, "resume_from_checkpoint": True, "max_steps": 4, "learning_rate": 4e-3}
+    ((code, said),) = poisoned(project, (0, 16), steps_this_run=1, **phase2)
+    assert code == 0 and "Traceback" not in said and "skipped" in said
+    assert (project / "out" / "ckpt_4.pt").read_bytes() == before and not (project / "out" / "ckpt_5.pt").exists()
+    ((code, said),) = poisoned(project, (10**8, 10**9), **phase2)
+    assert code == 0 and (project / "out" / "ckpt_8.pt").exists(), said

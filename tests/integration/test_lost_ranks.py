@@ -55,10 +55,10 @@ def lose(project: Path, processes: int, victim: int, signal_number: int) -> tupl
 
 def last_seen(errors: str, rank: int) -> int:
     """The step at which the message says ``rank`` was last seen."""
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    (line,) = {line for line in errors.splitlines() if line.startswith("error: ")}  # perhaps repeated after torch's own words
     found = re.fullmatch(
-        rf"error: rank {rank} on host {re.escape(HOST)} \(last seen at step (\d+), [a-z ]+\) has not been heard of for [24] s; it was killed or stopped, "
-        r"or the node is gone\. All ranks end; go on from the newest checkpoint with --resume_from_checkpoint",
+        rf"error: rank {rank} on host {re.escape(HOST)} \(last seen at step (\d+), [a-z0-9, -]+\) has not been heard of for [24] s; it was killed or stopped, "
+        r"or the node is gone\. All ranks end; go on from the newest checkpoint with --resume_from_checkpoint \(this rank was at step \d+\)",
         line,
     )
     assert found, line

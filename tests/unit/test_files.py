@@ -46,9 +46,12 @@ def test_json_round_trip_and_digests(tmp_path):
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / ".ckpt_3.pt.77.partial").write_bytes(b"half")
-    (tmp_path / "ckpt_2.pt").write_bytes(b"whole")
-    assert remove_leftovers(tmp_path) == [".ckpt_3.pt.77.partial"]
-    assert os.listdir(tmp_path) == ["ckpt_2.pt"]
+    (tmp_path / ".ckpt_4.pt.n-1.77.partial").write_bytes(b"half")
+    others = [".ckpt_4.pt.n-1.x.partial", ".pytorch_model.bin.n-1.77.partial", "ckpt_2.pt"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"whole, or of somebody who is still writing")
+    assert remove_leftovers(tmp_path, lambda name: name.startswith("ckpt_")) == [".ckpt_3.pt.77.partial", ".ckpt_4.pt.n-1.77.partial"]
+    assert sorted(os.listdir(tmp_path)) == others
 
 
 def test_a_sampled_digest_sees_size_and_both_ends(tmp_path):

@@ -23,6 +23,7 @@ from optimization import (
     chunks,
     make_schedule,
     parameter_groups,
+    place_steps,
     set_step,
 )
 
@@ -552,3 +553,15 @@ def test_lamb_state_is_the_same_after_it_was_loaded():
     second.load_state_dict(first.state_dict())
     second.load_state_dict(second.state_dict())
     assert second.state_dict()["param_groups"] == first.state_dict()["param_groups"]
+
+
+def test_steps_of_adamw_go_where_its_kernels_want_them():
+    """A CPU checkpoint keeps counts on the CPU; a fused group on a GPU needs them there (the device is a stand-in here: meta)."""
+    parameters = [torch.nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "meta")]
+    made = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters], lr=0.1)
+    for parameter in parameters:
+        made.state[parameter] = {"step": torch.tensor(5.0)}
+    made.param_groups[1]["fused"] = True
+    place_steps(made)
+    assert [made.state[parameter]["step"].device.type for parameter in parameters] == ["cpu", "meta"]
+    assert made.state[parameters[0]]["step"] == 5.0

@@ -155,11 +155,49 @@ def test_in_a_slurm_step_it_is_the_first_host_and_a_port_of_the_steps_own():
     assert len(ports) == 4
 
 
-def test_azure():
-    place = discover(AZURE)
-    assert master_address(AZURE, place) == ("10.0.0.4", 6000)
-    assert master_address({**AZURE, "AZ_BATCH_MASTER_NODE": "10.0.0.4"}, place) == ("10.0.0.4", 6105)
-    assert master_address({**OPEN_MPI, "AZ_BATCHAI_MPI_MASTER_NODE": "10.0.0.5"}, place) == ("10.0.0.5", 6105)
+@pytest.mark.parametrize(
+    ("node", "host"),
+    [("10.0.0.4:6000", "10.0.0.4"), ("10.0.0.4", "10.0.0.4"), ("node-1:6000", "node-1"), ("fd00::4", "fd00::4"), ("[fd00::4]:6000", "fd00::4"),
+     ("[fd00::4]", "fd00::4"), ("::1", "::1")],
+)  # fmt: skip
+def test_on_azure_it_is_the_master_node_but_never_the_batch_services_port(node, host):
+    for name in ("AZ_BATCH_MASTER_NODE", "AZ_BATCHAI_MPI_MASTER_NODE"):
+        variables = {**OPEN_MPI, name: node}
+        assert master_address(variables, discover(variables)) == (host, 6105)
+        assert master_address({**variables, "MASTER_PORT": "77"}, discover(variables)) == (host, 77)
+
+
+def test_mpirun_over_slurm_nodes_is_one_launch_with_one_port():
+    """Its ranks on its own host are in the batch script, the others in the step of its daemons; all have its number, or none counts."""
+    daemons = {**ONE_A_NODE, "SLURM_PROCID": "0", "SLURM_NTASKS": "3"}
+    script = without(SLURM, "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE")
+    for family, expected in ((OPEN_MPI, None), (without(OPEN_MPI, "PMIX_NAMESPACE"), 29500), (HYDRA, 29500), (MVAPICH, 29500)):
+        own = {"OMPI_MCA_ess_base_jobid": "5", "PBS_JOBID": "9", "PMI_JOBID": "7"}  # what only some of the hosts have
+        places = [{**script, **family, **own}, {**daemons, **family}, family]
+        ports = {master_address({**variables, "MASTER_ADDR": "head"}, Place(3, 8, 1, discover(family).source, 2)) for variables in places}
+        ((_, port),) = ports
+        assert port == expected or (expected is None and 20000 <= port < 32000)
+    other = {**OPEN_MPI, "PMIX_NAMESPACE": "9", "MASTER_ADDR": "head"}
+    assert master_address(other, discover(other)) != master_address({**OPEN_MPI, "MASTER_ADDR": "head"}, discover(OPEN_MPI))
+
+
+def test_two_launches_of_one_job_on_a_host_have_two_ports(monkeypatch):
+    """Two mpiexec in one step or PBS job: what tells them apart is the process number of the launcher, where it has no number of its own."""
+    for family in ({**HYDRA, "MPI_LOCALNRANKS": "8"}, {**MVAPICH, "MV2_COMM_WORLD_LOCAL_SIZE": "8"}):
+        for job in ({**ONE_TASK}, {"PBS_JOBID": "77.server"}, {}):
+            found = []
+            for launcher in ("4711", "4712"):
+                monkeypatch.setattr(ranks, "_launcher_above", lambda launcher=launcher: launcher)
+                variables = {**job, **family}
+                place = discover(variables)
+                assert place.source in ranks._MPI
+                found.append(master_address(variables, place))
+            assert found[0] != found[1] and found[0][0] == found[1][0] == "127.0.0.1"
+    monkeypatch.setattr(ranks, "_launcher_above", lambda: "")
+    one_host = {**HYDRA, "MPI_LOCALNRANKS": "8"}
+    steps = [{**ONE_TASK, **one_host, "SLURM_STEP_ID": step} for step in "01"]
+    assert len({master_address(variables, discover(variables)) for variables in steps}) == 2
+    assert ranks._job_id(one_host, discover(one_host)) == ""
 
 
 def test_on_one_host_it_is_this_host():

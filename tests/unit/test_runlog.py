@@ -1,6 +1,10 @@
 """berth.runlog: DLLogger's format, appended over restarts, last word wins."""
 
+import errno
 import json
+import logging
+import os
+import resource
 
 import pytest
 
@@ -80,6 +84,63 @@ def test_other_files_are_refused(tmp_path):
         list(read_records(tmp_path / "x"))
     with pytest.raises(DataError, match="cannot be read"):
         list(read_records(tmp_path / "absent"))
+
+
+def test_a_full_disk_costs_records_and_two_warnings(tmp_path, caplog):
+    """A real refusal: the system takes a part of a line, then nothing. Twice."""
+    path = tmp_path / "log.json"
+    log = RunLog(path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for start in (0, 10):
+        log.log((0, start + 1), {"average_loss": 1.0})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 30, hard))
+        try:
+            for step in range(start + 2, start + 5):
+                log.log((0, step), {"average_loss": 2.0})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not path.read_bytes().endswith(b"\n")
+        log.log((0, start + 5), {"average_loss": 3.0})
+    log.close()
+    assert caplog.messages == [
+        f"WARNING: run log {path} cannot be written (File too large). TRAINING GOES ON WITHOUT ITS RECORDS",
+        f"run log {path} can be written again; 3 record(s) are lost",
+    ] * 2  # fmt: skip
+    assert list(read_steps(path)) == [1, 5, 11, 15] and path.read_bytes().endswith(b"\n")
+
+
+def test_a_disk_that_stays_full_until_the_end(tmp_path, monkeypatch, caplog):
+    path = tmp_path / "log.json"
+    log = RunLog(path)
+    log.log((0, 1), {"average_loss": 1.0})
+    before, close = path.read_bytes(), os.close
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def late(descriptor):
+        close(descriptor)
+        full()
+
+    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "close", late)
+    with caplog.at_level(logging.WARNING):
+        for step in (2, 3):
+            log.log((0, step), {"average_loss": 1.0})
+        log.close()
+        log.close()
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [message.split(str(path))[0] for message in caplog.messages] == [
+        "WARNING: run log ", "WARNING: the last 2 record(s) of run log ", "WARNING: the last records of run log ",
+    ]  # fmt: skip
+
+
+def test_a_log_that_cannot_be_opened(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "log.json", tmp_path):
+        with pytest.raises(DataError, match=r"run log .* cannot be opened \(.*choose another --json-summary"):
+            RunLog(path)
 
 
 def test_ranks_without_a_path_write_nothing(tmp_path, monkeypatch):

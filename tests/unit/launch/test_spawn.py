@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from berth.launch import spawn
 from berth.launch.spawn import Labeller, Step, exit_code, rank_environment
 from tests.support import ROOT, environment
 
@@ -25,8 +26,8 @@ def together(ranks):
     return f"(folder / f'left{{rank}}').touch()\nwhile len(list(folder.glob('left*'))) < {ranks}: time.sleep(0.01)\n"
 
 
-def start(ranks, code, *arguments, label=False, **options):
-    command = [sys.executable, "-m", "berth.launch.spawn", "--ranks", str(ranks), *(["--label"] if label else [])]
+def start(ranks, code, *arguments, label=False, own=(), **options):
+    command = [sys.executable, "-m", "berth.launch.spawn", "--ranks", str(ranks), *(["--label"] if label else []), *own]
     return subprocess.Popen(
         [*command, "--", sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), cwd=ROOT, **options,
@@ -118,16 +119,24 @@ def test_others_are_asked_first_and_may_say_something(tmp_path):
     assert (step.returncode, out) == (3, "bye 1\n")  # what the asked ones answer does not count
 
 
-@pytest.mark.slow
+def test_the_others_have_time_to_find_out_who_was_lost_and_to_finish_a_checkpoint():
+    asked = [(["--ranks", "2", "--", "x"], 150.0), (["--ranks", "2", "--grace", "7", "--", "x"], 7.0)]
+    for argv, grace in asked:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spawn, "end_with_parent", lambda number: None)
+            patch.setattr(Step, "run", lambda step: step.grace)
+            assert spawn.main(argv) == grace
+
+
 def test_who_does_not_listen_is_killed(tmp_path):
     code = READY + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + ANNOUNCE
     code += "while not (folder / 'go').exists(): time.sleep(0.02)\nif rank == '0': sys.exit(1)\ntime.sleep(60)"
-    step = start(2, code, tmp_path)
+    step = start(2, code, tmp_path, own=["--grace", "2"])
     numbers = ready(tmp_path, 2)
     (tmp_path / "go").touch()
     began = time.monotonic()
     step.communicate(timeout=40)
-    assert step.returncode == 1 and 9 < time.monotonic() - began < 20
+    assert step.returncode == 1 and 1.9 < time.monotonic() - began < 10
     assert ended(numbers[1])
 
 
@@ -200,4 +209,6 @@ def test_mistakes():
     )
     assert run("--ranks", "2").returncode == 2
     assert run("--ranks", "0", "--", "true").returncode == 2
+    for grace in ("-1", "nan", "inf", "soon"):
+        assert run("--ranks", "1", "--grace", grace, "--", "true").returncode == 2
     assert "SIGTERM" not in run("--help").stderr and run("--help").returncode == 0

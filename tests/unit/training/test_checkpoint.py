@@ -6,14 +6,15 @@ import json
 import logging
 import os
 import resource
+import threading
 
 import pytest
 import torch
 
 from berth import files
 from berth.errors import CheckpointError
-from berth.training.checkpoint import CheckpointStore, Entry, read_checkpoint
-from berth.training.checkpoint_file import check_bytes
+from berth.training.checkpoint import CheckpointStore, Entry, UnlistedError, read_checkpoint
+from berth.training.checkpoint_file import UnreadableError, check_bytes
 
 
 def save(store, step, phase=1, final=False, value=None):
@@ -271,9 +272,12 @@ def test_a_file_that_has_gone_is_a_checkpoint_error(store):
 
 
 def test_leftovers_are_removed_at_the_start(store):
-    (store.folder / ".ckpt_3.pt.1.partial").write_bytes(b"half")
+    ours = [".ckpt_3.pt.1.partial", ".manifest.json.n01.7.partial", ".latest.n01.7.partial"]
+    other = ".pytorch_model.bin.n01.7.partial"  # convert_checkpoint.py at work
+    for name in [*ours, other]:
+        (store.folder / name).write_bytes(b"half")
     store.prepare()
-    assert os.listdir(store.folder) == [".lock"]
+    assert sorted(os.listdir(store.folder)) == [".lock", other]
 
 
 def test_going_back_sets_the_abandoned_branch_aside(store):
@@ -340,6 +344,197 @@ def test_one_writer_a_folder(store, monkeypatch):
         CheckpointStore(store.folder).prepare()
     store._lock.release()
     store.prepare()
+
+
+def test_a_wait_for_the_lock_says_for_whom(store, monkeypatch, caplog):
+    monkeypatch.setattr("berth.training.checkpoint.LOCK_WAIT_SECONDS", 20.0)
+    monkeypatch.setattr(files, "WORD_SECONDS", 0.2)
+    threading.Timer(0.5, store._lock.release).start()
+    again = CheckpointStore(store.folder)
+    again.prepare()
+    (line,) = [message for message in caplog.messages if "waiting" in message]
+    assert line.startswith(f"waiting up to 20 s for the lock of {store.folder}, last taken by process {os.getpid()} on ")
+
+
+def listed(store):
+    return [item["file"] for item in json.loads((store.folder / "manifest.json").read_text())["checkpoints"]]
+
+
+def other_bytes(path):
+    """The same archive in other bytes: its CRCs hold, its checksum does not."""
+    payload = torch.load(path, weights_only=True)
+    payload["model"]["w"] += 1
+    torch.save(payload, path)
+
+
+@pytest.mark.parametrize("killed", ["before the next save", "while it sets aside", "never"])
+def test_what_its_checksum_convicts_stays_convicted(store, monkeypatch, killed):
+    save(store, 5)
+    other_bytes(save(store, 10))
+    check_bytes(store.folder / "ckpt_10.pt", None)  # its own CRCs say nothing
+    store._lock.release()
+    first = CheckpointStore(store.folder)
+    assert newest(first)[1].step == 5
+    first.prepare()
+    assert listed(first) == ["ckpt_5.pt", "ckpt_10.pt"] and latest(first) == "ckpt_5.pt\n"
+    if killed != "before the next save":
+        if killed == "while it sets aside":
+            monkeypatch.setattr(first, "_write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with contextlib.suppress(KeyboardInterrupt):
+            save(first, 7)
+        monkeypatch.undo()
+        assert (store.folder / "superseded_1_ckpt_10.pt").exists()
+    first._lock.release()
+    again = CheckpointStore(store.folder)
+    assert newest(again)[1].step == (7 if killed == "never" else 5)
+    again.prepare()
+    assert listed(again) == {"before the next save": ["ckpt_5.pt", "ckpt_10.pt"], "never": ["ckpt_5.pt", "ckpt_7.pt"]}.get(
+        killed, ["ckpt_5.pt"]
+    )
+
+
+class Disk:
+    """Refuses to open ``name`` for reading, ``times`` times."""
+
+    def __init__(self, monkeypatch, name, times, number=errno.EIO):
+        import builtins
+
+        self.times, real = times, builtins.open
+
+        def opened(file, mode="r", *more, **options):
+            if str(file).endswith(name) and "r" in mode and self.times > 0:
+                self.times -= 1
+                raise OSError(number, os.strerror(number), str(file))
+            return real(file, mode, *more, **options)
+
+        monkeypatch.setattr(builtins, "open", opened)
+
+
+def unlist(store):
+    (store.folder / "manifest.json").unlink()
+    store._lock.release()
+    return CheckpointStore(store.folder, pauses=(0.0, 0.0))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_read_that_fails_for_a_moment_is_tried_again(store, monkeypatch, number, known):
+    save(store, 5)
+    save(store, 10)
+    store._lock.release()
+    again = CheckpointStore(store.folder, pauses=(0.0, 0.0)) if known else unlist(store)
+    Disk(monkeypatch, "ckpt_10.pt", 2, number)
+    assert newest(again)[1].step == 10 and not again.unusable
+    again.prepare()
+    assert listed(again) == ["ckpt_5.pt", "ckpt_10.pt"]
+
+
+def test_the_pauses_are_slept(store, monkeypatch):
+    save(store, 5)
+    slept = []
+    monkeypatch.setattr("berth.training.checkpoint_file.time.sleep", slept.append)
+    Disk(monkeypatch, "ckpt_5.pt", 99)
+    with pytest.raises(UnreadableError, match=r"ckpt_5.pt cannot be read \(Input/output error\); that says nothing about what is in it"):
+        store.load(store.entries()[0])
+    assert slept == [1.0, 3.0, 6.0]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_cannot_be_read_is_passed_over_and_left_alone(store, monkeypatch, known, caplog):
+    """The run goes on from the one before it; the next process, with the disk well again, from what is newest."""
+    save(store, 5)
+    save(store, 10)
+    store._lock.release()
+    again = CheckpointStore(store.folder, pauses=(0.0, 0.0)) if known else unlist(store)
+    with monkeypatch.context() as patch:
+        Disk(patch, "ckpt_10.pt", 99)
+        assert newest(again)[1].step == 5 and again.unusable == ["ckpt_10.pt"]
+        again.prepare()
+    save(again, 7)
+    assert steps(again) == [5, 7] and not list(store.folder.glob("superseded*"))
+    assert listed(again) == ["ckpt_5.pt", "ckpt_7.pt", *(["ckpt_10.pt"] if known else [])]
+    assert steps(CheckpointStore(store.folder)) == [5, 7, 10]
+    save(again, 10, value=-10)  # what was passed over is written anew
+    assert steps(again) == [5, 7, 10] and listed(again)[2] == "ckpt_10.pt"
+    assert float(newest(CheckpointStore(store.folder))[0]["model"]["w"][0]) == -10
+
+
+def test_nothing_readable_is_no_fresh_start_and_no_damage(store, monkeypatch):
+    save(store, 5)
+    again = CheckpointStore(store.folder, pauses=())
+    Disk(monkeypatch, "ckpt_5.pt", 99)
+    with pytest.raises(
+        CheckpointError, match=r"can be used now; ckpt_5.pt may be good, but cannot be read .*Input/output error.*run again"
+    ):
+        newest(again)
+
+
+def test_an_unreadable_end_of_a_phase_is_not_overwritten(store, monkeypatch):
+    save(store, 5)
+    save(store, 10, final=True)
+    again = CheckpointStore(store.folder, pauses=())
+    with monkeypatch.context() as patch:
+        Disk(patch, "ckpt_10.pt", 99)
+        newest(again)
+    with pytest.raises(CheckpointError, match="is the end of phase 1"):
+        save(again, 10, phase=2)
+
+
+def test_an_unreadable_manifest_is_not_an_empty_one(store, monkeypatch):
+    save(store, 5)
+    again = CheckpointStore(store.folder, pauses=(0.0,))
+    Disk(monkeypatch, "manifest.json", 3)
+    with pytest.raises(UnreadableError, match=r"output folder .* cannot be read \(Input/output error\)"):
+        again.entries()
+    assert [entry.sha256 == "" for entry in again.entries()] == [False]
+
+
+def test_a_folder_that_is_gone_is_a_checkpoint_error_of_the_save(store, monkeypatch):
+    """A lasting ESTALE: also looking for what is intact fails."""
+    save(store, 5)
+    store.pauses = ()
+
+    def stale(*_arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", stale)
+        patch.setattr("berth.training.checkpoint.torch.save", stale)
+        patch.setattr(store, "_make_way", lambda *_: [])
+        with pytest.raises(CheckpointError, match=r"ckpt_10.pt could not be written \(.*Stale file handle.*\)\. Free"):
+            save(store, 10)
+    save(store, 10)
+    assert steps(store) == [5, 10]
+
+
+def test_a_manifest_that_is_refused_after_the_rename(store, monkeypatch):
+    save(store, 5)
+    replace = os.replace
+
+    def refuse(source, target):
+        if str(target).endswith("manifest.json"):
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", refuse)
+        with pytest.raises(
+            UnlistedError, match=r"ckpt_10.pt is complete but not listed, because manifest.json could not be written .*quota"
+        ) as e:
+            save(store, 10)
+        assert "intact" not in str(e.value) and listed(store) == ["ckpt_5.pt"]
+    assert newest(CheckpointStore(store.folder))[1].step == 10
+    store.keep = 2
+    save(store, 15)
+    assert listed(store) == ["ckpt_10.pt", "ckpt_15.pt"] and all(entry.sha256 for entry in CheckpointStore(store.folder).entries())
+
+
+def test_a_full_disk_at_the_start_costs_the_lists_a_warning(store, monkeypatch, caplog):
+    save(store, 5)
+    again = unlist(store)
+    monkeypatch.setattr(files.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    again.prepare()
+    assert steps(again) == [5] and "manifest.json could not be brought up to date" in caplog.text
 
 
 def test_pickles_are_not_executed(store):

@@ -1,4 +1,4 @@
-"""The ranks find each other, whoever is late or wrong, and their collectives give what they should. Places: tests/unit/test_ranks.py."""
+"""A world's collectives give what they should, also with a late rank or a wrong one. Places: tests/unit/test_ranks.py."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from berth.errors import JoinError, LaunchError, LostRankError
 from berth.launch.spawn import free_port
 from berth.ranks import discover
-from berth.training import distributed
-from berth.training.distributed import UNKNOWN, Communicator, Place, Rank, choose_device, discover_rank, some_ranks
+from berth.training import distributed, watchdog
+from berth.training.distributed import UNKNOWN, Communicator, Place, Rank, choose_device, discover_rank
 from tests.support import ROOT, environment
 
 SECOND = datetime.timedelta(seconds=1)
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # the constructor exports them
 
 # What a rank of the worlds below does; argv: a folder, the seconds it starts late, the timeout, what it claims to have of the data.
 PROGRAM = """
@@ -30,9 +31,9 @@ time.sleep(float(sys.argv[2]))
 import torch
 from berth.errors import run_main
 from berth.ranks import discover
-from berth.training import distributed
+from berth.training import distributed, meeting
 from berth.training.agreement import check_start
-distributed._WORD_SECONDS = 0.5
+meeting._WORD_SECONDS = 0.5
 folder, timeout, claim = Path(sys.argv[1]), float(sys.argv[3]), sys.argv[4]
 
 def main():
@@ -102,40 +103,8 @@ def test_a_world_of_three_with_a_late_rank_and_another_data_folder(tmp_path):
         assert code == 1 and line in errors
 
 
-@pytest.fixture
-def meeting():
-    server = dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
-    return dist.PrefixStore("world", server)
-
-
-def test_ranks_that_do_not_come_are_named(meeting, monkeypatch, capsys):
-    monkeypatch.setattr(distributed, "_WORD_SECONDS", 0.2)
-    meeting.set("here/1", "n01 5")
-    with pytest.raises(JoinError, match=r"rank 0 on .*: ranks 2 and 3 of 4 have not come within 1 s \(--timeout_min\)"):
-        distributed._meet(meeting, Place(0, 4, 0, "torchrun"), SECOND)
-    words = capsys.readouterr().err.splitlines()
-    assert 3 <= len(words) <= 5 and all(word.endswith("ranks 2 and 3 of 4 have not come yet, waiting") for word in words)
-    with pytest.raises(JoinError):
-        distributed._meet(meeting, Place(3, 4, 0, "torchrun"), SECOND)
-    assert capsys.readouterr().err == ""  # it is rank 0 that says for whom all wait
-
-
-def test_two_processes_that_claim_one_rank(meeting):
-    meeting.set("here/1", "n01 5")
-    with pytest.raises(
-        JoinError, match=rf"rank 1 of 2 is there twice: process {os.getpid()} on .* and process 5 on n01; give every process a rank"
-    ):
-        distributed._meet(meeting, Place(1, 2, 1, "torchrun"), SECOND)
-
-
-def test_rank_0_does_not_answer(monkeypatch):
-    port = free_port()
-    with pytest.raises(JoinError, match=f"rank 1 on .*: rank 0 does not answer at 127.0.0.1:{port} after 1 s .--timeout_min"):
-        distributed._open_store(("127.0.0.1", port), Place(1, 2, 1, "torchrun"), SECOND)
-
-
 def test_a_port_that_is_taken(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", *distributed._NCCL):  # the constructor exports them
+    for name in (*PLACE, *distributed._NCCL):
         monkeypatch.setenv(name, "1")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -146,17 +115,6 @@ def test_a_port_that_is_taken(monkeypatch):
             JoinError, match=r"rank 0 on .* could not join the group of 2 ranks at 127.0.0.1:\d+: .*(in use|failed to listen)"
         ):
             Communicator(Place(0, 2, 0, "torchrun"), torch.device("cpu"), SECOND)
-
-
-def test_joining_that_hangs_is_ended():
-    """gloo holds every one of several tries to its timeout; the process is ended from a thread, with the code for another try."""
-    code = (
-        "import time\nfrom berth.training.distributed import Rank, _no_longer_than\n"
-        "with _no_longer_than(60, Rank(1, 2), 'meet the others'): pass\n"
-        "with _no_longer_than(0.5, Rank(1, 2), 'connect to the others'): time.sleep(30)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=20)
-    assert done.returncode == 75 and "could not connect to the others within 0 s" in done.stderr.replace("within 1 s", "within 0 s")
 
 
 def test_single_process_collectives_return_at_once():
@@ -171,6 +129,19 @@ def test_single_process_collectives_return_at_once():
 
 def test_the_training_code_finds_ranks_where_they_always_were():
     assert Rank is Place and discover_rank is discover and discover_rank({}) == Rank(local_world_size=1) and UNKNOWN == -1
+
+
+def test_a_collective_gives_up_after_the_watchdog(monkeypatch):
+    """NCCL gives up by aborting: the watchdog's patience, some heartbeats and a checkpoint's end must be over before."""
+    given: list[datetime.timedelta] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.append(options["timeout"]))
+    for name in (*PLACE, *distributed._NCCL):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(distributed, "open_store", lambda *_: dist.HashStore())
+    monkeypatch.setattr(distributed, "meet", lambda *_: ["n01", "n02"])
+    Communicator(Place(0, 2, 0, "torchrun"), torch.device("cpu"), datetime.timedelta(minutes=30))
+    most = watchdog._FINISH_SECONDS + 6 * watchdog._LONGEST_INTERVAL
+    assert [timeout.total_seconds() > 1800 + most for timeout in given] == [True]
 
 
 def test_no_address_is_explained(monkeypatch):
@@ -190,12 +161,6 @@ def test_what_is_a_lost_connection(monkeypatch):
     assert alone.failure(torch.distributed.DistBackendError("unhandled system error")) is not None
     for other in (RuntimeError("shapes do not match"), ValueError("gloo"), KeyError("NCCL"), torch.OutOfMemoryError("CUDA out of memory")):
         assert alone.failure(other) is None
-
-
-def test_some_ranks():
-    assert [some_ranks(ranks) for ranks in ([3], [0, 1], [0, 1, 2], list(range(9)))] == [
-        "rank 3", "ranks 0 and 1", "ranks 0, 1 and 2", "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1 more",
-    ]  # fmt: skip
 
 
 def test_demanding_a_gpu_where_there_is_none():

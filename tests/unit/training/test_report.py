@@ -60,8 +60,8 @@ class Board:
     def __init__(self):
         self.scalars = {}
 
-    def add_scalar(self, name, value, step):
-        self.scalars[name] = (value, step)
+    def add(self, values, step):
+        self.scalars.update({name: (value, step) for name, value in values.items()})
 
     def close(self):
         pass
@@ -181,6 +181,24 @@ def test_windows_begin_anew(options, tmp_path):
     assert [data["mlm_loss"] for data in found] == [1.0, 2.0, 3.0] and [data["mlm_accuracy"] for data in found] == [0.1, 0.2, 0.3]
     assert [data["training_sequences_per_second"] for data in found] == [0.5] * 3
     assert not any("slowest_rank" in data or "slowest_rank_ratio" in data for data in found)
+
+
+def test_a_window_that_is_undone(options, tmp_path):
+    """Of a rollback neither losses nor seconds get into the next record; the summary is of all work."""
+    alone = reporter(options(), Alone(0, []))
+    for number in range(1, 6):
+        do(alone, batch(b"a"), result(99.0, 0.0, 9, skipped=number == 5))
+    assert alone.window_steps == 4
+    alone.drop_window()
+    assert alone.window_steps == 0
+    do(alone, batch(b"b"), result(2.0, 0.0, 5))
+    alone.log_step(alone.exchange(), epoch=0, step=1, phase_step=1, facts=FACTS)
+    assert alone.window_steps == 0
+    alone.summary({"outcome": "stopped", "global_step": 1})
+    alone.close()
+    record, summary = records(tmp_path / "log.json")
+    assert (record["mlm_loss"], record["steps_averaged"], record["training_sequences_per_second"]) == (2.0, 1, 0.5)
+    assert summary["raw_train_time"] == pytest.approx(24) and summary["final_loss"] == 2.0
 
 
 @pytest.mark.parametrize("log_freq", [1, 3, 7])

@@ -1,5 +1,6 @@
 """Saving beside the loop: what is copied, what waits, what a failure costs, and kill -9 at every moment of a write."""
 
+import errno
 import json
 import logging
 import subprocess
@@ -138,6 +139,18 @@ def test_a_failure_costs_one_checkpoint_and_the_third_in_a_row_the_run(store, sa
     with pytest.raises(CheckpointError, match="checkpoint 35 could not be written.*Then run again with --resume_from_checkpoint") as raised:
         save(saver, 40)
     assert raised.value.exit_code == 1 and [entry.step for entry in store.entries()] == [5, 20]
+
+
+def test_a_checkpoint_that_is_only_not_listed_is_not_said_to_be_missing(store, saver, monkeypatch, caplog):
+    def refuse(*_arguments):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("berth.training.checkpoint.write_manifest", refuse)
+        save(saver, 5)
+        saver.join()
+    (line,) = caplog.messages
+    assert "ckpt_5.pt is complete but not listed" in line and "TRAINING GOES ON (failure 1 in a row; number 3 ends the run)" in line
 
 
 @pytest.mark.parametrize("final", [True, False])

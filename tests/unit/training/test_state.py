@@ -34,6 +34,15 @@ def test_differences_are_listed_together(make):
         assert words in text
 
 
+def test_what_an_older_berth_did_not_write_down_is_unknown(make):
+    saved = make()
+    with pytest.raises(ConfigError, match="reduce_dtype was fp32, is bf16"):
+        check_identity(saved, make("--reduce_dtype", "bf16"), same_phase=True, force=False, file="x")
+    for key in ("reduce_dtype", "loss_scale"):
+        del saved[key]
+    check_identity(saved, make("--reduce_dtype", "bf16"), same_phase=True, force=False, file="x")
+
+
 def test_force_logs_what_it_overrides(make, caplog):
     with caplog.at_level(logging.WARNING):
         check_identity(make(), make("--seed", "1"), same_phase=True, force=True, file="x")

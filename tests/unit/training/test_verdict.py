@@ -104,6 +104,16 @@ def test_ranks_that_wait_for_one_that_moves_are_not_hung():
     assert world.run(3600, still=[1, 2, 3], step=5) is None
 
 
+def test_a_healthy_run_that_calls_progress_rarely_is_left_alone():
+    """Only one rank moves on, once in 99 of the 100 seconds that it has; a start stage and a micro-batch may take so long."""
+    world = World()
+    world.run(1)
+    for turn in range(20):
+        assert world.run(98, still=range(4)) is None
+        assert world.run(1, still=[rank for rank in range(4) if rank != turn % 4]) is None
+    assert world.run(100, still=range(4)) is not None
+
+
 def test_a_rank_that_stands_still_while_the_others_wait_hangs():
     world = World()
     world.run(5)
@@ -159,10 +169,7 @@ def test_what_is_written_is_read():
         hung_ranks([1], [Beat()] * 4, HOSTS, 1800.0),
     ):
         assert Verdict.decode(verdict.encode().encode()) == verdict
-    assert (
-        str(failed_rank(3, "n02", "no", 1).error()) == "rank 3 on host n02 failed: no"
-        and failed_rank(3, "n02", "no", 1).error().exit_code == 1
-    )
+    assert failed_rank(3, "n02", "no", 1) == Verdict((3,), "rank 3 on host n02 failed: no", 1)
 
 
 def test_many_ranks_make_a_short_sentence():

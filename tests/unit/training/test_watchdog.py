@@ -13,6 +13,7 @@ import torch.distributed as dist
 from berth.errors import LostRankError
 from berth.training import watchdog as module
 from berth.training.distributed import Communicator, Rank
+from berth.training.verdict import Verdict
 from berth.training.watchdog import Watchdog
 
 DEAD_AFTER, HUNG_AFTER = 1.6, 6.0
@@ -174,7 +175,43 @@ def test_a_broken_collective_is_explained_within_two_intervals_of_silence(ranks)
         "rank 2 on host n02 (last seen at step 0, starting) has not been heard of for 0.8 s;"
     )
     world.wait(lambda: 0 in world.left)
-    assert world.left == {0: (str(one), 76)}
+    assert world.left == {0: (str(one).removesuffix(" (this rank was at step 0)"), 76)}
+
+
+def test_who_lost_another_says_where_it_was_itself(ranks):
+    """Beats are seconds apart: the lost rank may have been last seen many steps ago."""
+    world = ranks(4)
+    world.kill(2)
+    for dog in world.dogs:
+        dog.progress(100 + dog.communicator.rank, "backward")
+    one, three = world.together([1, 3], lambda dog: dog.explain(BROKEN))
+    told = str(one).removesuffix(" (this rank was at step 101)")
+    assert told.endswith("--resume_from_checkpoint") and "last seen at step 0, starting" in told
+    assert str(three) == f"{told} (this rank was at step 103)"
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_last_line_is_the_verdict(monkeypatch, lost):
+    """Where the store went with rank 0, torch writes screens of C++ frames below what was said first."""
+    written: list[tuple[str, bool]] = []
+    before = threading.Event()
+    dog = Watchdog(FakeCommunicator(1, 2, dist.TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)), dead_after=0.4)
+    dog.before_leaving = before.set
+    dog.progress(7, "step")
+    dog._threads = [threading.Thread(target=lambda: None if lost else time.sleep(2))]
+    dog._threads[0].start()
+    monkeypatch.setattr(module.os, "write", lambda end, text: written.append((text.decode(), before.is_set())))
+    monkeypatch.setattr(module.os, "_exit", lambda code: written.append((str(code), before.is_set())))
+    dog._leave(Verdict((0,), "rank 0 is lost", 76))
+    line = "error: rank 0 is lost (this rank was at step 7)\n"
+    assert written == [(line, False), *([(line, True)] if lost else []), ("76", True)]
+
+
+def test_a_store_that_is_gone_for_good_is_not_asked_again(ranks):
+    world = ranks()
+    world.kill(0)
+    assert world.together([1, 2], lambda dog: dog.explain(BROKEN) is not None) == [True, True]
+    world.wait(lambda: not any(dog._threads[0].is_alive() for dog in world.dogs[1:]), 2.0)
 
 
 def test_a_broken_collective_because_of_rank_0(ranks):
