@@ -10,7 +10,7 @@ from berth.errors import ConfigError, DataError
 from berth.records.dynamic import DynamicMasker, Masking, restored
 from berth.records.reader import SampleStream, open_index
 from berth.text.vocabulary import SPECIAL_TOKENS, Vocabulary
-from run_pretraining import open_training_data
+from berth.training.setup import open_training_data
 
 pyarrow = pytest.importorskip("pyarrow", reason="reading LDDL's files needs pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet", reason="reading LDDL's files needs pyarrow")
