@@ -23,7 +23,18 @@ import torch
 
 import modeling
 import optimization
-from berth.errors import BerthError, CheckpointError, ConfigError, DataError, JoinError, TrainingError, note_failure, print_error, run_main
+from berth.errors import (
+    BerthError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JoinError,
+    LostRankError,
+    TrainingError,
+    note_failure,
+    print_error,
+    run_main,
+)
 from berth.records.dynamic import DynamicMasker
 from berth.records.reader import SampleStream
 from berth.training import setup
@@ -69,7 +80,7 @@ def main() -> int:
             leave_at_once(error, watchdog)
         raise
     except RuntimeError as error:  # a collective fails as soon as another rank is gone
-        lost = watchdog.explain(error)
+        lost = failed_device(error, communicator) or watchdog.explain(error)
         if lost is None:
             note_failure(1, f"{type(error).__name__}: {error}")
             watchdog.failed(f"{type(error).__name__}: {error}", 1)
@@ -84,6 +95,16 @@ def main() -> int:
     if communicator.world_size > 1:
         leave(code)
     return code
+
+
+def failed_device(error: RuntimeError, communicator: Communicator) -> LostRankError | None:
+    """``error`` as that of a GPU that broke down (ECC, lost from the bus, an illegal access): another try, on another node, may do better."""
+    if not isinstance(error, torch.AcceleratorError):
+        return None
+    where = f"rank {communicator.rank} on host {communicator.hosts[communicator.rank]}"
+    return LostRankError(
+        f"{where} lost its device: {str(error).splitlines()[0]}; go on from the newest checkpoint with --resume_from_checkpoint"
+    )
 
 
 def leave_at_once(error: BerthError | SystemExit, watchdog: Watchdog) -> None:

@@ -15,12 +15,15 @@ CODE = """
 import os, sys
 sys.path.insert(0, os.environ["BERTH_ROOT"])
 import run_pretraining
+import torch
 from berth.errors import run_main
 from berth.training.step import TrainingStep
 first, last = map(int, os.environ["POISON"].split(","))
 plain = TrainingStep.__call__
 def poisoned(self, batch, *arguments):
     handles = []
+    if batch.first_sample >= first and os.environ.get("BREAK"):
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered\\nand advice")
     if batch.first_sample >= first and os.environ.get("DAMAGE"):
         path = os.environ.pop("DAMAGE")
         data = bytearray(open(path, "rb").read())
@@ -146,3 +149,12 @@ def test_a_skipped_first_step_of_phase_2_writes_nothing_over_phase_1(project):
     assert (project / "out" / "ckpt_4.pt").read_bytes() == before and not (project / "out" / "ckpt_5.pt").exists()
     ((code, said),) = poisoned(project, (10**8, 10**9), **phase2)
     assert code == 0 and (project / "out" / "ckpt_8.pt").exists(), said
+
+
+def test_a_broken_device_is_worth_another_try(project, monkeypatch):
+    monkeypatch.setenv("BREAK", "1")
+    monkeypatch.setenv("BERTH_FAILURES", str(project / "failures"))
+    ended = poisoned(project, (176, 224), processes=2, train_batch_size=8)
+    assert [code for code, _ in ended] == [76, 76], ended
+    assert any("lost its device: CUDA error: uncorrectable ECC error encountered; go on" in said for _, said in ended)
+    assert (project / "out" / "ckpt_10.pt").exists() and not (project / "failures").exists()
