@@ -74,10 +74,8 @@ def map_processes(function: Callable[[Given], Made], tasks: Iterable[Given], pro
             worker.kill()
         raise
     finally:
-        # a worker killed at the wrong moment leaves the pool's own thread waiting for ever, perhaps with the pool's lock (seen twice in some
-        # hundred Ctrl-C): then nothing of the pool is touched any more
-        if not interrupted:
-            pool.shutdown(wait=True, cancel_futures=True)
+        # a worker killed at the wrong moment leaves the pool's own thread waiting for ever (seen once in some hundred Ctrl-C)
+        pool.shutdown(wait=not interrupted, cancel_futures=True)
 
 
 def _results(done: Iterable[Future[Made]], waiting: Iterable[Future[Made]]) -> Iterator[Made]:

@@ -99,8 +99,10 @@ def test_tokenizers_are_told_not_to_start_threads():
     assert set(map_processes(variable, range(3), 2)) == {"false"}
 
 
+# started in the background by a shell, this process ignores Ctrl-C and so would its children
 PROGRAM = f"""
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
 from berth.errors import run_main
@@ -147,7 +149,7 @@ def test_signals_end_everything(tmp_path, number, code, message):
         os.killpg(child.pid, number)  # as a terminal does
     else:
         child.send_signal(number)
-    _, error = child.communicate(timeout=60)
+    _, error = child.communicate(timeout=20)
     assert child.returncode == code and message in error and "Traceback" not in error
     end = time.monotonic() + 5
     while time.monotonic() < end and any(map(alive, workers)):
