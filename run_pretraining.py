@@ -79,14 +79,11 @@ def main() -> int:
         if communicator.world_size > 1:
             leave_at_once(error, watchdog)
         raise
-    except RuntimeError as error:  # a collective fails as soon as another rank is gone
+    except Exception as error:  # a collective fails as soon as another rank is gone
         lost = failed_device(error, communicator) or watchdog.explain(error)
-        if lost is None:
-            note_failure(1, f"{type(error).__name__}: {error}")
-            watchdog.failed(f"{type(error).__name__}: {error}", 1)
-            raise
-        leave_at_once(lost, watchdog)
-    except Exception as error:  # a bug, or a file system that fails; the others learn of it before the traceback
+        if lost is not None:
+            leave_at_once(lost, watchdog)
+        # a bug, or a file system that fails; the others learn of it before the traceback
         note_failure(1, f"{type(error).__name__}: {error}")
         watchdog.failed(f"{type(error).__name__}: {error}", 1)
         raise
@@ -97,7 +94,7 @@ def main() -> int:
     return code
 
 
-def failed_device(error: RuntimeError, communicator: Communicator) -> LostRankError | None:
+def failed_device(error: Exception, communicator: Communicator) -> LostRankError | None:
     """``error`` as that of a GPU that broke down (ECC, lost from the bus, an illegal access): another try, on another node, may do better."""
     if not isinstance(error, torch.AcceleratorError):
         return None
@@ -244,11 +241,18 @@ class Pretraining:
             start = decide_start(entries, unusable=self.store.unusable, **self.resume_request())
             if start.entry is None:
                 return start, None
-            try:
-                return start, self.store.load(start.entry)
-            except CheckpointError as error:
-                self.reporter.say("WARNING: %s; falling back to the checkpoint before it", error)
-                self.store.pass_over(start.entry, error)
+            payload = self.load_or_pass_over(start.entry)
+            if payload is not None:
+                return start, payload
+
+    def load_or_pass_over(self, entry: Entry) -> dict[str, Any] | None:
+        """What a checkpoint holds; ``None`` when it is damaged: then it is out of consideration, and the one before it is next."""
+        try:
+            return self.store.load(entry)
+        except CheckpointError as error:
+            self.reporter.say("WARNING: %s; falling back to the checkpoint before it", error)
+            self.store.pass_over(entry, error)
+            return None
 
     def follow_main(self, chosen: list[int]) -> tuple[Start, dict[str, Any] | None]:
         if chosen[0] == NO_FILE:
@@ -262,7 +266,7 @@ class Pretraining:
         give_up_at = time.monotonic() + SECONDS_TO_SEE
         while True:
             for entry in self.store.entries():
-                if (entry.phase, entry.step) == (phase, step):
+                if entry.place == (phase, step):
                     return entry
             if time.monotonic() > give_up_at:
                 raise CheckpointError(
@@ -469,7 +473,6 @@ class Pretraining:
         """Weights, moments and step of the newest good checkpoint; the samples consumed since then are left out."""
         self.clock.stop()
         state, samples = self.state, self.state.samples
-        self.clock.stop()
         entry, payload = self.newest_behind(why)
         skipped, rollbacks = state.skipped, state.rollbacks + 1
         self.restore(payload, state)
@@ -494,11 +497,9 @@ class Pretraining:
                 behind = [entry for entry in self.store.entries() if entry.phase == here[0] and entry.place <= here]
                 if not behind:
                     break
-                try:
-                    payload, chosen = self.store.load(behind[-1]), [*behind[-1].place]
-                except CheckpointError as error:
-                    self.reporter.say("WARNING: %s; falling back to the checkpoint before it", error)
-                    self.store.pass_over(behind[-1], error)
+                payload, chosen = self.load_or_pass_over(behind[-1]), [*behind[-1].place]
+            if payload is None:
+                chosen = [0, 0]
         chosen = self.communicator.broadcast_ints(chosen)
         if not chosen[0]:
             raise TrainingError(f"{why}; there is no checkpoint of this phase yet to roll back to; lower --learning_rate")

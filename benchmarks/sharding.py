@@ -40,7 +40,8 @@ from berth.files import write_json  # noqa: E402
 from berth.training.backends import Choice  # noqa: E402
 from berth.training.distributed import Communicator, Rank  # noqa: E402
 from berth.training.metrics import StepClock  # noqa: E402
-from berth.training.parallel import SHARDINGS, Parallel, Recipe, Replicated  # noqa: E402
+from berth.training.options import SHARDINGS  # noqa: E402
+from berth.training.parallel import Parallel, Recipe, Replicated  # noqa: E402
 from berth.training.sharded import FullySharded, Zero1  # noqa: E402
 
 BERT_LARGE = 336_232_258

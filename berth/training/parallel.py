@@ -29,7 +29,6 @@ from berth.training.metrics import StepClock
 from berth.training.nonfinite import nonfinite_names
 from berth.training.saving import snapshot
 
-SHARDINGS = ("none", "zero1", "zero2", "zero3")
 WIRES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 

@@ -343,7 +343,7 @@ def start_world(folder, size):
     ]  # fmt: skip
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * size, "\n".join(outputs)
-    return torch.load(folder / f"world_{size}.pt", weights_only=False), "".join(outputs)
+    return torch.load(folder / f"world_{size}.pt", weights_only=True), "".join(outputs)
 
 
 # -- what the ranks found --------------------------------------------------------------------------------------------------------------

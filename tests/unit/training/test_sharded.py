@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import optimization
+from berth.training.parallel import Update
 from tests.support import ROOT, environment
 
 SCRIPT = Path(__file__).with_name("sharded_ranks.py")
 _spec = importlib.util.spec_from_file_location("sharded_ranks", SCRIPT)
 ranks = importlib.util.module_from_spec(_spec)
-sys.modules["sharded_ranks"] = ranks  # results are unpickled from it
+sys.modules["sharded_ranks"] = ranks  # its dataclasses look their module up there
 _spec.loader.exec_module(ranks)
 
 pytestmark = pytest.mark.slow
@@ -44,7 +45,8 @@ def results(tmp_path_factory):
 
     def read(world, case, rank=0, suffix=""):
         path = folder / "-".join(map(str, (world, *case)))
-        return torch.load(f"{path}.{suffix or rank}", weights_only=False)
+        with torch.serialization.safe_globals([Update]):
+            return torch.load(f"{path}.{suffix or rank}", weights_only=True)
 
     read.folder = folder
     return read
