@@ -11,17 +11,20 @@ Out: named tuples with the attributes ``transformers`` returns. State-dict names
     out = model(input_ids, attention_mask, token_type_ids, labels=labels, next_sentence_label=nsp)
     out.loss.backward()
 
-What makes it fast without custom kernels: attention through ``scaled_dot_product_attention``; the vocabulary
-projection, and with it everything after attention in the last layer, runs only on the rows a loss reads (15 % of the
-tokens). On a CPU that is most of the difference to ``transformers`` (benchmarks/cpu_step.py).
+What makes it fast: the vocabulary projection, and with it everything after attention in the last layer, runs only on the
+rows a loss reads (15 % of the tokens); and batches may come *packed*, sequences end to end without padding, as [T] tokens
+with ``cu_seqlens``. (Packed batches and the fused loss need berth/kernels beside this file, the rest torch alone.) On a CPU
+the first is most of the difference to ``transformers`` (benchmarks/cpu_step.py). Two switches for training, both off here:
+:meth:`BertBase.set_fused_projections` and ``fused_cross_entropy`` of :class:`BertMaskedLMBase`.
 
-Rejected: one query-key-value product (names in the state dict would change; concatenating the three weights in every
-step is 1.3x slower in fp32 and no faster in bf16 on a CPU, H 256 and 1024, 2026-11); an additive -10000 mask (a
+Rejected: one query-key-value parameter (names in the state dict would change); concatenating the three weights in every
+step on a CPU (1.3x slower in fp32, no faster in bf16, H 256 and 1024, 2026-11), hence a switch; an additive -10000 mask (a
 boolean one costs no more and is exact in every precision); ``position_ids`` buffers (a slice of the embedding table
 says the same, and its gradient is a sum and not a scatter).
 
-Suffixes of tensor names: B sequences, S positions, H hidden, N heads, D = H / N, V vocabulary, R rows picked out of the
-B * S positions, M rows the masked-language loss reads, C classes. ``labels_BS`` has the shape [B, S].
+Suffixes of tensor names: B sequences, S positions, T packed tokens, H hidden, N heads, D = H / N, V vocabulary, R rows
+picked out of the B * S or T positions, M rows the masked-language loss reads, C classes. ``labels_BS`` has the shape
+[B, S]; names without a suffix are [B, S, ...] or [T, ...].
 """
 
 from __future__ import annotations
@@ -226,20 +229,32 @@ def _raise_if(problems: list[str]) -> None:
 
 
 class BertModelOutput(NamedTuple):
-    """``last_hidden_state`` [B, S, H] (or [R, H], see ``rows``), ``pooler_output`` [B, H] or None."""
+    """``last_hidden_state`` [B, S, H] or [T, H] (or [R, H], see ``rows``), ``pooler_output`` [B, H] or None."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None
 
 
 class PreTrainingOutput(NamedTuple):
-    """Losses are 0-dim fp32 or None; ``prediction_logits`` [M, V] or [B, S, V], ``seq_relationship_logits`` [B, 2]."""
+    """Losses are 0-dim fp32 or None; ``prediction_logits`` [M, V] or [B, S, V], ``seq_relationship_logits`` [B, 2].
+
+    With ``fused_cross_entropy`` there are no ``prediction_logits``, but ``mlm_correct``: how many predictions are right (int64, 0-dim).
+    """
 
     loss: Tensor | None
-    prediction_logits: Tensor
+    prediction_logits: Tensor | None
     seq_relationship_logits: Tensor
     mlm_loss: Tensor | None
     nsp_loss: Tensor | None
+    mlm_correct: Tensor | None = None
+
+
+class MaskedLMOutput(NamedTuple):
+    """``loss`` 0-dim fp32 or None; ``logits`` [M, V] or [B, S, V], or None and ``mlm_correct``: see :class:`PreTrainingOutput`."""
+
+    loss: Tensor | None
+    logits: Tensor | None
+    mlm_correct: Tensor | None = None
 
 
 class LogitsOutput(NamedTuple):
@@ -260,6 +275,13 @@ class QuestionAnsweringOutput(NamedTuple):
 # -------------------------------------------------------------------------------------------------------------- encoder
 
 
+class Packing(NamedTuple):
+    """Where packed sequences lie: ``cu_seqlens`` int32 [B + 1], not falling, from 0 to T; ``max_seqlen``: none is longer."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+
 class BertEmbeddings(nn.Module):
     """Word + position + token-type embeddings, LayerNorm, dropout.
 
@@ -277,11 +299,19 @@ class BertEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor | None) -> Tensor:
-        """int64 ids [B, S] (``position_ids`` also [1, S]) -> [B, S, H]. Absent ids mean type 0 and positions 0..S-1."""
-        places, types = self.position_embeddings, self.token_type_embeddings
-        places_SH = places.weight[: input_ids.shape[1]] if position_ids is None else places(position_ids)
-        types_BSH = types.weight[0] if token_type_ids is None else types(token_type_ids)
-        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + types_BSH + places_SH))
+        """int64 ids [B, S] (``position_ids`` also [1, S]) or [T] -> [B, S, H] or [T, H]. Absent ids mean type 0 and, of [B, S], positions
+        0..S-1."""
+        places = self.position_embeddings
+        placed = places.weight[: input_ids.shape[1]] if position_ids is None else places(position_ids)
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids) + self._types(token_type_ids) + placed))
+
+    def _types(self, token_type_ids: Tensor | None) -> Tensor:
+        table = self.token_type_embeddings
+        if token_type_ids is None:
+            return table.weight[0]
+        if torch.compiler.is_compiling() and table.num_embeddings == 2:  # a gradient of two sums, not of T atomic additions to two rows
+            return torch.where(token_type_ids[..., None] == 0, table.weight[0], table.weight[1])
+        return table(token_type_ids)
 
 
 class BertSelfAttention(nn.Module):
@@ -291,23 +321,30 @@ class BertSelfAttention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         self.dropout_prob = config.attention_probs_dropout_prob
+        self.fused_projections = False
         self.query = nn.Linear(config.hidden_size, config.hidden_size)
         self.key = nn.Linear(config.hidden_size, config.hidden_size)
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_BSH: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, S, H] -> [B, S, H]; ``mask`` bool [B, 1, 1 or S, S], True = may be attended to."""
+    def forward(self, hidden: Tensor, mask: Tensor | Packing | None) -> Tensor:
+        """[B, S, H] -> [B, S, H] with ``mask`` bool [B, 1, 1 or S, S], True = may be attended to; [T, H] -> [T, H] with a packing."""
+        query, key, value = (projected.unflatten(-1, (-1, self.head_size)) for projected in self._projections(hidden))
+        dropout = self.dropout_prob if self.training else 0.0
+        if isinstance(mask, Packing):
+            from berth.kernels.attention import varlen_attention  # not at the top: padded batches need torch alone
+
+            return varlen_attention(query, key, value, mask.cu_seqlens, mask.max_seqlen, dropout).flatten(1)
         context_BNSD = F.scaled_dot_product_attention(
-            self._heads(self.query(hidden_BSH)),
-            self._heads(self.key(hidden_BSH)),
-            self._heads(self.value(hidden_BSH)),
-            attn_mask=mask,
-            dropout_p=self.dropout_prob if self.training else 0.0,
+            query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask, dropout_p=dropout
         )
         return context_BNSD.transpose(1, 2).flatten(2)
 
-    def _heads(self, projected_BSH: Tensor) -> Tensor:
-        return projected_BSH.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+    def _projections(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        if not self.fused_projections:
+            return self.query(hidden), self.key(hidden), self.value(hidden)
+        parts = (self.query, self.key, self.value)
+        weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
+        return F.linear(hidden, weight, bias).chunk(3, dim=-1)
 
 
 class BertResidual(nn.Module):
@@ -329,11 +366,11 @@ class BertAttention(nn.Module):
         self.self = BertSelfAttention(config)
         self.output = BertResidual(config, config.hidden_size)
 
-    def forward(self, hidden_BSH: Tensor, mask: Tensor | None, rows_R: Tensor | None) -> Tensor:
-        context = self.self(hidden_BSH, mask)
+    def forward(self, hidden: Tensor, mask: Tensor | Packing | None, rows_R: Tensor | None) -> Tensor:
+        context = self.self(hidden, mask)
         if rows_R is None:
-            return self.output(context, hidden_BSH)
-        return self.output(_take_rows(context, rows_R), _take_rows(hidden_BSH, rows_R))
+            return self.output(context, hidden)
+        return self.output(_take_rows(context, rows_R), _take_rows(hidden, rows_R))
 
 
 class BertIntermediate(nn.Module):
@@ -355,9 +392,9 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config)
         self.output = BertResidual(config, config.intermediate_size)
 
-    def forward(self, hidden_BSH: Tensor, mask: Tensor | None, rows_R: Tensor | None = None) -> Tensor:
-        """[B, S, H] -> [B, S, H], or [R, H] when only the flat positions ``rows_R`` are wanted of this layer."""
-        attended = self.attention(hidden_BSH, mask, rows_R)
+    def forward(self, hidden: Tensor, mask: Tensor | Packing | None, rows_R: Tensor | None = None) -> Tensor:
+        """[B, S, H] -> [B, S, H] or [T, H] -> [T, H]; [R, H] when only the flat positions ``rows_R`` are wanted of this layer."""
+        attended = self.attention(hidden, mask, rows_R)
         return self.output(self.intermediate(attended), attended)
 
 
@@ -367,8 +404,7 @@ class BertEncoder(nn.Module):
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
         self.activation_checkpointing = False
 
-    def forward(self, hidden_BSH: Tensor, mask: Tensor | None, rows_R: Tensor | None) -> Tensor:
-        hidden = hidden_BSH
+    def forward(self, hidden: Tensor, mask: Tensor | Packing | None, rows_R: Tensor | None) -> Tensor:
         for layer in self.layer:
             layer_rows = rows_R if layer is self.layer[-1] else None
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -420,6 +456,16 @@ class BertBase(nn.Module):
         for module in self.modules():
             if isinstance(module, BertEncoder):
                 module.activation_checkpointing = enabled
+
+    def set_fused_projections(self, enabled: bool = True) -> None:
+        """Compute query, key and value in one matrix product of their concatenated weights: fewer passes over the hidden states.
+
+        The same numbers within rounding. For GPUs: on a CPU it is slower. The parameters stay three; modules that replace the three
+        linear layers (fp8), or parameters that are gathered by their module's call (DeepSpeed stage 3), do not go with it.
+        """
+        for module in self.modules():
+            if isinstance(module, BertSelfAttention):
+                module.fused_projections = enabled
 
     def _initialise(self) -> None:
         """Paper: weights of Linear and Embedding N(0, initializer_range), biases 0, LayerNorm (1, 0); tie aliases."""
@@ -478,8 +524,14 @@ class BertModel(BertBase):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         rows: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> BertModelOutput:
-        """Encode a batch.
+        """Encode a batch, padded or packed.
+
+        Packed: ``input_ids``, ``token_type_ids`` and ``position_ids`` (needed then) are int64 [T], sequences end to end, and there is no
+        ``attention_mask``. ``cu_seqlens`` int32 [B + 1] has their bounds, from 0 to T; ``max_seqlen`` is a number none exceeds.
+        ``last_hidden_state`` is [T, H]. Sequences may be empty (at the end); the pooler then sees some token.
 
         Args:
             input_ids: int64 [B, S], S at most ``max_position_embeddings``.
@@ -488,23 +540,42 @@ class BertModel(BertBase):
                 A position that may attend to nothing attends to everything, so padding rows stay finite.
             token_type_ids: int64 [B, S], 0 = first sentence. None: all 0.
             position_ids: int64 [B, S] or [1, S]. None: 0 to S - 1.
-            rows: int64 [R], flat positions in B * S. Then ``last_hidden_state`` is [R, H], exactly those rows, and what
+            rows: int64 [R], flat positions in B * S (or in T). Then ``last_hidden_state`` is [R, H], exactly those rows, and what
                 the last layer would compute for the others is left out.
 
         Raises:
-            ValueError: for a wrong number of dimensions, or sequences longer than the position table.
+            ValueError: for a wrong number of dimensions, sequences longer than the position table, or what does not go with
+                ``cu_seqlens``.
         """
-        mask = _broadcast_mask(attention_mask)
-        sequences, length = _checked_shape(input_ids, self.config)
-        embedded_BSH = self.embeddings(input_ids, token_type_ids, position_ids)
+        mask: Tensor | Packing | None
+        if cu_seqlens is not None:
+            mask = _checked_packing(input_ids, attention_mask, position_ids, cu_seqlens, max_seqlen, self.config)
+            first_B = cu_seqlens[:-1].long().clamp(max=input_ids.shape[0] - 1)
+        else:
+            mask = _broadcast_mask(attention_mask)
+            sequences, length = _checked_shape(input_ids, self.config)
+            first_B = torch.arange(0, sequences * length, length, device=input_ids.device)
+        embedded = self.embeddings(input_ids, token_type_ids, position_ids)
         if rows is None:
-            hidden_BSH = self.encoder(embedded_BSH, mask, None)
-            return BertModelOutput(hidden_BSH, None if self.pooler is None else self.pooler(hidden_BSH[:, 0]))
+            hidden = self.encoder(embedded, mask, None)
+            return BertModelOutput(hidden, None if self.pooler is None else self.pooler(_take_rows(hidden, first_B)))
         if self.pooler is None:
-            return BertModelOutput(self.encoder(embedded_BSH, mask, rows), None)
-        first_B = torch.arange(0, sequences * length, length, device=rows.device)
-        hidden_RH = self.encoder(embedded_BSH, mask, torch.cat([first_B, rows]))
+            return BertModelOutput(self.encoder(embedded, mask, rows), None)
+        hidden_RH = self.encoder(embedded, mask, torch.cat([first_B, rows]))
+        sequences = first_B.shape[0]
         return BertModelOutput(hidden_RH[sequences:], self.pooler(hidden_RH[:sequences]))
+
+
+def _checked_packing(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor, max_seqlen: int | None, config: BertConfig
+) -> Packing:  # fmt: skip
+    if input_ids.ndim != 1:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}: must be [tokens] with cu_seqlens")
+    if attention_mask is not None or position_ids is None or max_seqlen is None:
+        raise ValueError("cu_seqlens needs position_ids and max_seqlen, and goes without attention_mask")
+    if max_seqlen > config.max_position_embeddings:
+        raise ValueError(f"max_seqlen={max_seqlen}: max_position_embeddings is {config.max_position_embeddings}")
+    return Packing(cu_seqlens, max_seqlen)
 
 
 def _checked_shape(input_ids: Tensor, config: BertConfig) -> tuple[int, int]:
@@ -533,8 +604,9 @@ def _broadcast_mask(attention_mask: Tensor | None) -> Tensor | None:
     return mask | ~mask.any(dim=-1, keepdim=True)
 
 
-def _take_rows(x_BSH: Tensor, rows_R: Tensor) -> Tensor:
-    return x_BSH.flatten(0, 1).index_select(0, rows_R)
+def _take_rows(x: Tensor, rows_R: Tensor) -> Tensor:
+    """Rows of [B, S, H] laid flat, or of [T, H] -> [R, H]."""
+    return x.flatten(0, -2).index_select(0, rows_R)
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -592,6 +664,10 @@ def _summed_over(logits: Tensor, labels: Tensor, denominator: float | Tensor | N
         total = F.cross_entropy(_fp32(logits), labels, ignore_index=ignored, reduction="sum")
     else:
         total = VocabularyCrossEntropy.apply(logits, labels)
+    return _divided(total, labels, denominator, ignored)
+
+
+def _divided(total: Tensor, labels: Tensor, denominator: float | Tensor | None, ignored: int = IGNORED_LABEL) -> Tensor:
     return total / ((labels != ignored).sum().clamp(min=1) if denominator is None else denominator)
 
 
@@ -654,11 +730,14 @@ class BertMaskedLMBase(BertBase):
     Attributes:
         dense_sequence_output: True (default) projects only the positions whose label counts, in row-major order; False
             projects every position.
+        fused_cross_entropy: True computes the masked-language loss without ever holding all logits (berth/kernels/cross_entropy.py),
+            while training and with labels: the output then has ``mlm_correct`` in place of ``prediction_logits``. Default False.
     """
 
     def __init__(self, config: BertConfig, next_sentence: bool, dense_sequence_output: bool) -> None:
         super().__init__(config)
         self.dense_sequence_output = dense_sequence_output
+        self.fused_cross_entropy = False
         self.bert = BertModel(config, add_pooling_layer=next_sentence)
         self.cls = BertHeads(config, next_sentence)
         self._initialise()
@@ -677,11 +756,22 @@ class BertMaskedLMBase(BertBase):
             return masked_index
         return (labels.reshape(-1) != IGNORED_LABEL).nonzero().squeeze(1)
 
-    def _mlm_loss(self, logits: Tensor, labels: Tensor | None, rows: Tensor | None, denominator: float | Tensor | None) -> Tensor | None:
-        if labels is None:
-            return None
-        labels = labels.reshape(-1)
-        return _summed_over(logits, labels if rows is None else labels[rows], denominator)
+    def _predict(
+        self, hidden: Tensor, labels: Tensor | None, rows: Tensor | None, denominator: float | Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+        """Loss, logits and number of correct predictions; what there is of them."""
+        head = self.cls.predictions
+        if labels is not None:
+            labels = labels.reshape(-1)
+            labels = labels if rows is None else labels[rows]
+        if labels is not None and self.fused_cross_entropy and self.training:
+            from berth.kernels.cross_entropy import linear_cross_entropy
+
+            transformed = head.transform(hidden).flatten(0, -2)
+            total, correct = linear_cross_entropy(transformed, head.decoder.weight, head.decoder.bias, labels)
+            return _divided(total, labels, denominator), None, correct
+        logits = head(hidden)
+        return None if labels is None else _summed_over(logits, labels, denominator), logits, None
 
 
 class BertForPreTraining(BertMaskedLMBase):
@@ -701,14 +791,16 @@ class BertForPreTraining(BertMaskedLMBase):
         masked_index: Tensor | None = None,
         mlm_denominator: float | Tensor | None = None,
         nsp_denominator: float | Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
     ) -> PreTrainingOutput:
         """Logits, and the losses for which labels are given.
 
         Args:
-            input_ids, attention_mask, token_type_ids, position_ids: as in :meth:`BertModel.forward`.
-            labels: int64 [B, S], the token to predict, -100 where there is none.
+            input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens, max_seqlen: as in :meth:`BertModel.forward`.
+            labels: int64 [B, S] or [T], the token to predict, -100 where there is none.
             next_sentence_label: int64 [B], 0 = the second sentence follows the first, 1 = random, -100 = not counted.
-            masked_index: int64 [M], the flat positions (in B * S) whose label counts, as ``nonzero`` would list them.
+            masked_index: int64 [M], the flat positions (in B * S or T) whose label counts, as ``nonzero`` would list them.
                 Saves a wait for the GPU. It may be longer (a fixed size for CUDA graphs) if the surplus entries point
                 at positions labelled -100; their logits are computed and not counted. Without ``labels`` it picks
                 the positions to predict.
@@ -724,16 +816,17 @@ class BertForPreTraining(BertMaskedLMBase):
             and 0 (not NaN) with a graph if no label counts.
         """
         rows = self._rows_to_project(labels, masked_index)
-        hidden, pooled_BH = self.bert(input_ids, attention_mask, token_type_ids, position_ids, rows)
-        prediction_logits = self.cls.predictions(hidden)
+        hidden, pooled_BH = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, rows, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+        )
+        mlm_loss, prediction_logits, mlm_correct = self._predict(hidden, labels, rows, mlm_denominator)
         seq_relationship_logits = self.cls.seq_relationship(pooled_BH)
-        mlm_loss = self._mlm_loss(prediction_logits, labels, rows, mlm_denominator)
         nsp_loss = None
         if next_sentence_label is not None:
             nsp_loss = _summed_over(seq_relationship_logits, next_sentence_label, nsp_denominator)
         losses = [loss for loss in (mlm_loss, nsp_loss) if loss is not None]
         total = torch.stack(losses).sum() if losses else None
-        return PreTrainingOutput(total, prediction_logits, seq_relationship_logits, mlm_loss, nsp_loss)
+        return PreTrainingOutput(total, prediction_logits, seq_relationship_logits, mlm_loss, nsp_loss, mlm_correct)
 
 
 class BertForMaskedLM(BertMaskedLMBase):
@@ -751,12 +844,13 @@ class BertForMaskedLM(BertMaskedLMBase):
         labels: Tensor | None = None,
         masked_index: Tensor | None = None,
         mlm_denominator: float | Tensor | None = None,
-    ) -> LogitsOutput:
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> MaskedLMOutput:
         """Arguments and shapes as in :meth:`BertForPreTraining.forward`; ``logits`` are its ``prediction_logits``."""
         rows = self._rows_to_project(labels, masked_index)
-        hidden, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids, rows)
-        logits = self.cls.predictions(hidden)
-        return LogitsOutput(self._mlm_loss(logits, labels, rows, mlm_denominator), logits)
+        hidden, _ = self.bert(input_ids, attention_mask, token_type_ids, position_ids, rows, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        return MaskedLMOutput(*self._predict(hidden, labels, rows, mlm_denominator))
 
 
 # ---------------------------------------------------------------------------------------------------- fine-tuning heads

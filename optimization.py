@@ -15,6 +15,9 @@ with which the published BERT recipes were made: the gradient is clipped to a gl
 group has one step count, the trust ratio has no clamp, and tensors without weight decay (bias, LayerNorm) take the
 plain rate.
 
+On a CPU the moments and the direction of a block of elements are computed by torch's fused Adam kernel while the block is in the
+cache (:func:`_fused_direction`); the other ways to compute the same are a loop over tensors and batched ``torch._foreach_*`` kernels.
+
 Rejected: ``torch.linalg.vector_norm`` of a whole tensor on the CPU (0.2 % too small on a BERT-large embedding, see
 :func:`_cpu_norm`); a clamp on the trust ratio (DeepSpeed's variant: another recipe); storing the update in the gradient
 buffer (apex: the update loses bits in half precision).
@@ -22,11 +25,12 @@ buffer (apex: the update loses bits in half precision).
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +40,11 @@ NO_DECAY = ("bias", "gamma", "beta", "LayerNorm")
 
 _CHUNK_ELEMENTS = 1 << 26
 """Elements updated at once by the foreach path: bounds its two temporary copies to 256 MiB each in float32."""
+
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_PER_THREAD = 1 << 18, 1 << 15
+"""Elements the fused path takes at once: six float32 arrays of them pass through the cache, and every thread needs its share. A decayed
+tensor of 31 million elements takes 34 ms with 2^18, 39 with 2^17, 91 with 2^14 (calls cost more than they compute), 112 in the loop (two
+threads, 2026-11-21)."""
 
 _NORM_ROW = 512
 """Length of the rows whose norms are taken in float32 on the CPU before they are added up in float64."""
@@ -150,12 +159,20 @@ class Lamb(torch.optim.Optimizer):
 
     Per group: ``lr betas eps weight_decay bias_correction grad_averaging step``. For the whole optimizer (not in its
     ``state_dict``): ``max_grad_norm`` (0, ``None`` or infinity switch clipping off), ``adam_w_mode``, ``use_nvlamb``,
-    ``foreach``. ``foreach=None`` takes the batched ``torch._foreach_*`` path for tensors on CUDA and the loop over
-    tensors elsewhere (the faster one on a CPU: it stays in the cache).
+    ``foreach``, ``fused``. ``foreach=None`` takes the batched ``torch._foreach_*`` path for tensors on CUDA, tensor by tensor elsewhere
+    (the faster way on a CPU: it stays in the cache). There, ``fused=None`` takes torch's fused kernel where it can (float32, contiguous,
+    ``grad_averaging``; :func:`fused_problem` has nothing to say) and the plain loop where not, ``False`` the plain loop, ``True`` raises
+    ``RuntimeError`` for what it cannot compute. Fused and loop agree within rounding (about 1e-7 relative), not bitwise; either repeats
+    itself bitwise. The fused path keeps one scratch tensor as large as the largest one with a trust ratio.
 
     ``step()`` leaves gradients untouched and skips parameters without one (if none has one, it does nothing). It does
     not look for NaN itself: the caller says so through ``found_inf``.
     """
+
+    guards_nonfinite: ClassVar[bool] = False
+    """Whether :meth:`step` by itself changes no tensor when ``grad_norm`` is not finite (then there is ``undo_step()`` for the counts)."""
+
+    _scratch: Tensor | None = None
 
     grad_norm: Tensor | None
     """Unscaled 2-norm of all gradients before clipping, of the last step taken (float64 ``[]``); ``None`` before it."""
@@ -173,14 +190,18 @@ class Lamb(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         use_nvlamb: bool = False,
         foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         limit = math.inf if max_grad_norm is None or max_grad_norm == 0 else max_grad_norm
         if isinstance(limit, bool) or not limit > 0:
             raise ValueError(f"max_grad_norm must be > 0, or 0, None or inf for no clipping; got {max_grad_norm!r}")
+        if foreach and fused:
+            raise ValueError("foreach and fused are two ways to compute the same: at most one of them can be True")
         self.max_grad_norm = float(limit)
         self.adam_w_mode = adam_w_mode
         self.use_nvlamb = use_nvlamb
         self.foreach = foreach
+        self.fused = fused
         self.grad_norm = None
         super().__init__(
             params,
@@ -195,7 +216,7 @@ class Lamb(torch.optim.Optimizer):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "adam_w_mode", "use_nvlamb", "foreach", "grad_norm")
+        own = ("max_grad_norm", "adam_w_mode", "use_nvlamb", "foreach", "fused", "grad_norm")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -236,17 +257,26 @@ class Lamb(torch.optim.Optimizer):
         if not all_gradients:
             return loss
         divisor = self._divisor(all_gradients, grad_scale, grad_norm)
-        for group, pairs in work:
+        for number, (group, pairs) in enumerate(work):
             group["step"] += 1
-            rule = Rule.of(group, self.adam_w_mode, self.use_nvlamb)
-            on_gpu, elsewhere = self._split_by_path(pairs)
-            for parameter, gradient in elsewhere:
-                _update_tensor(rule, parameter, gradient, *self._moments(parameter), divisor)
-            for chunk in chunks(on_gpu):
-                parameters, gradients = [p for p, _ in chunk], [g for _, g in chunk]
-                firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))
-                _update_chunk(rule, parameters, gradients, firsts, seconds, divisor)
+            self._update(number, Rule.of(group, self.adam_w_mode, self.use_nvlamb), pairs, divisor)
         return loss
+
+    def _update(self, number: int, rule: Rule, pairs: list[tuple[Tensor, Tensor]], divisor: Tensor) -> None:
+        """Update the parameters of group ``number`` that have gradients; ``divisor`` is what :meth:`_divisor` gave."""
+        batched, single = self._split_by_path(pairs)
+        for parameter, gradient in single:
+            first, second = self._moments(parameter)
+            if not self._fuses(rule, parameter, gradient, first, second):
+                _update_tensor(rule, parameter, gradient, first, second, divisor)
+            elif rule.trust_ratio:
+                _update_fused(rule, parameter, gradient, first, second, divisor, self._scratch_like(parameter))
+            else:
+                _update_adam(rule, parameter, gradient, first, second, divisor)
+        for chunk in chunks(batched):
+            parameters, gradients = [p for p, _ in chunk], [g for _, g in chunk]
+            firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))
+            _update_chunk(rule, parameters, gradients, firsts, seconds, divisor)
 
     def _pairs(self, group: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """The group's (parameter, gradient) pairs, parameters without a gradient left out."""
@@ -260,10 +290,25 @@ class Lamb(torch.optim.Optimizer):
         return pairs
 
     def _split_by_path(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Any], list[Any]]:
-        """Pairs for the foreach path and pairs for the loop."""
-        if self.foreach is not None:
+        """Pairs for the foreach path and pairs to be computed tensor by tensor."""
+        if self.foreach is not None or self.fused:
             return (pairs, []) if self.foreach else ([], pairs)
         return [pair for pair in pairs if pair[0].is_cuda], [pair for pair in pairs if not pair[0].is_cuda]
+
+    def _fuses(self, rule: Rule, *tensors: Tensor) -> bool:
+        """Whether a parameter is updated by the fused kernel; ``tensors``: itself, its gradient and its moments."""
+        if self.fused is False:
+            return False
+        problem = _fused_obstacle(rule, tensors) or fused_problem()
+        if problem and self.fused:
+            raise RuntimeError(f"Lamb(fused=True) {problem}; fused=None takes the plain loop for such tensors")
+        return problem is None
+
+    def _scratch_like(self, parameter: Tensor) -> Tensor:
+        """Room for the update direction of ``parameter``: float32 of its shape, kept from step to step (fresh memory costs page faults)."""
+        if self._scratch is None or self._scratch.numel() < parameter.numel():
+            self._scratch = torch.empty(parameter.numel(), dtype=torch.float32)
+        return self._scratch[: parameter.numel()].view_as(parameter)
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
@@ -323,6 +368,7 @@ class Rule:
     beta1: float
     beta2: float
     beta3: float  # weight of the gradient in the first moment
+    step: float  # of bias correction, counted from 1; infinite without it
     correction1: float
     correction2_root: float
     eps: float
@@ -333,14 +379,15 @@ class Rule:
     @classmethod
     def of(cls, group: dict[str, Any], adam_w_mode: bool, use_nvlamb: bool) -> Rule:
         beta1, beta2 = group["betas"]
-        corrected, step, decay = group["bias_correction"], group["step"], group["weight_decay"]
+        step, decay = float(group["step"]) if group["bias_correction"] else math.inf, group["weight_decay"]
         return cls(
             lr=float(group["lr"]),
             beta1=beta1,
             beta2=beta2,
             beta3=1.0 - beta1 if group["grad_averaging"] else 1.0,
-            correction1=1.0 - beta1**step if corrected else 1.0,
-            correction2_root=math.sqrt(1.0 - beta2**step) if corrected else 1.0,
+            step=step,
+            correction1=1.0 - beta1**step,
+            correction2_root=math.sqrt(1.0 - beta2**step),
             eps=group["eps"],
             gradient_decay=0.0 if adam_w_mode else decay,
             update_decay=decay if adam_w_mode else 0.0,
@@ -348,12 +395,20 @@ class Rule:
         )
 
 
-def direction(rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> Tensor:
+def direction(
+    rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, fused: bool = False
+) -> Tensor:  # fmt: skip
     """One tensor's update direction ``u`` (new, of the moments' type); its moments are advanced in place.
 
-    ``weight`` is of the moments' type; ``divisor`` (``[]``) divides the gradient before anything else. The rest of the update is a trust
-    ratio and :func:`apply_updates`: apart, because the norms of a tensor that is spread over processes must be added up in between.
+    ``weight`` is of the moments' type; ``divisor`` (``[]``) divides the gradient before anything else; ``fused`` as
+    :meth:`Lamb._fuses` says. The rest of the update is a trust ratio and :func:`apply_updates`: apart, because the norms of a tensor that
+    is spread over processes must be added up in between.
     """
+    if fused:
+        update = torch.empty_like(weight)
+        for _ in _fused_direction(rule, weight, gradient, first, second, divisor, update):
+            pass
+        return update
     scratch = gradient.to(first.dtype) / divisor.to(weight.device, first.dtype)
     if rule.gradient_decay:
         scratch.add_(weight, alpha=rule.gradient_decay)
@@ -405,6 +460,107 @@ def _update_tensor(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tenso
     apply_updates(rule, [parameter], [weight], [update])
 
 
+def _update_fused(
+    rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, scratch: Tensor
+) -> None:  # fmt: skip
+    """The same in two passes over memory, the first leaves the direction in ``scratch``; what :func:`_fused_obstacle` lets pass."""
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for pair in _fused_direction(rule, parameter, gradient, first, second, divisor, scratch):
+        for found, block in zip(rows, pair, strict=True):
+            found.append(_row_norms(block))
+    weight_norm, update_norm = (torch.linalg.vector_norm(torch.cat(found).double()).to(scratch.dtype) for found in rows)
+    ratio = trust_ratios([weight_norm], [update_norm])[0]
+    parameter.add_(scratch, alpha=-rule.lr * float(ratio))
+
+
+def _update_adam(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:
+    """The same in one pass: without trust ratio (hence without decay) LAMB is Adam."""
+    blocks = [t.detach().view(-1).split(_block_elements()) for t in (parameter, gradient, first, second)]
+    quotient, step = _Quotient(divisor, blocks[1][0].numel()), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
+    for weight_block, gradient_block, first_block, second_block in zip(*blocks, strict=True):
+        _fused_adam(rule, weight_block, quotient.of(gradient_block), first_block, second_block, step, rule.lr)
+
+
+def _fused_direction(
+    rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, update: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Write the direction into ``update`` and advance the moments, a block in the cache after the other; gives each block of ``weight`` and
+    ``update`` (flat) when it is done, for whoever wants its norms while it is there.
+
+    Adam's kernel with the rate -1, on weights that are ``wd * p``, leaves ``wd * p + (m / c1) / (sqrt(v) / sqrt(c2) + eps)`` in them. It
+    changes a gradient in place when told to divide it, so that is done before, in a block of scratch.
+    """
+    blocks = [t.detach().view(-1).split(_block_elements()) for t in (weight, gradient, first, second, update)]
+    quotient, step = _Quotient(divisor, blocks[1][0].numel()), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
+    for weight_block, gradient_block, first_block, second_block, update_block in zip(*blocks, strict=True):
+        scaled = quotient.of(gradient_block)
+        if rule.gradient_decay:
+            scaled = torch.add(scaled, weight_block, alpha=rule.gradient_decay)
+        torch.mul(weight_block, rule.update_decay, out=update_block)
+        _fused_adam(rule, update_block, scaled, first_block, second_block, step, -1.0)
+        yield weight_block, update_block
+
+
+class _Quotient:
+    """Blocks of at most ``elements`` of a gradient divided by ``divisor`` (``[]``), in scratch; themselves where it is 1."""
+
+    def __init__(self, divisor: Tensor, elements: int) -> None:
+        self._divisor = divisor.to("cpu", torch.float32)
+        self._scratch = torch.empty(elements, dtype=torch.float32) if self._divisor != 1 else None
+
+    def of(self, block: Tensor) -> Tensor:
+        if self._scratch is None:
+            return block
+        scratch = self._scratch if block.numel() == self._scratch.numel() else self._scratch[: block.numel()]
+        return torch.div(block, self._divisor, out=scratch)
+
+
+def _fused_adam(rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, lr: float) -> None:
+    """``m`` and ``v`` advance, ``weight -= lr * (m / c1) / (sqrt(v) / sqrt(c2) + eps)``: one native kernel (not in torch's documentation)."""
+    torch._fused_adamw_(
+        [weight], [gradient], [first], [second], [], [step], lr=lr, beta1=rule.beta1, beta2=rule.beta2, weight_decay=0.0, eps=rule.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def _block_elements() -> int:
+    return max(_BLOCK_ELEMENTS, torch.get_num_threads() * _BLOCK_ELEMENTS_PER_THREAD)
+
+
+def _fused_obstacle(rule: Rule, tensors: Sequence[Tensor]) -> str | None:
+    """What about a parameter, its gradient and its moments the fused kernel cannot compute."""
+    if rule.beta3 != 1.0 - rule.beta1:
+        return "needs grad_averaging"
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            return "needs contiguous float32 tensors on the CPU"
+    return None
+
+
+@functools.cache
+def fused_problem() -> str | None:
+    """Why this torch's fused CPU kernel is not used: it is absent, or a small trial differs from the plain formula. ``None`` where it works."""
+    if not hasattr(torch, "_fused_adamw_"):
+        return "needs torch._fused_adamw_, which this torch does not have"
+    ramp = torch.arange(1200, dtype=torch.float32, device="cpu")
+    weight, gradient, divisor = (ramp * 1.3).sin(), (ramp * 0.7).cos(), torch.tensor(1.7, device="cpu")
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.02, "grad_averaging": True, "step": 3}
+    for corrected in (True, False):
+        rule = Rule.of({**group, "bias_correction": corrected}, adam_w_mode=True, use_nvlamb=False)
+        results = []
+        for fused in (True, False):
+            kept, first, second = gradient.clone(), (ramp * 0.3).sin() * 0.1, (ramp * 0.9).cos().square()
+            try:
+                update = direction(rule, weight, kept, first, second, divisor, fused)
+            except (RuntimeError, TypeError) as error:
+                return f"needs torch._fused_adamw_ as in torch 2.13; here it fails: {str(error).splitlines()[0]}"
+            results.append(torch.cat([update, first, second, kept]))
+        difference = float((results[0] - results[1]).abs().max())
+        if not difference <= 1e-5 * float(results[1].abs().max()):
+            return f"needs a torch._fused_adamw_ that computes Adam; this torch's differs from the formula by {difference:.1e}"
+    return None
+
+
 def _update_chunk(
     rule: Rule, parameters: list[Tensor], gradients: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], divisor: Tensor
 ) -> None:  # fmt: skip
@@ -446,7 +602,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device, torch.float64) for norm in norms(tensors)]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in norms(tensors)]).double())
 
 
 def _math_dtype(tensor: Tensor) -> torch.dtype:
@@ -477,11 +633,16 @@ def _cpu_norm(tensor: Tensor) -> Tensor:
     ``vector_norm`` of the whole tensor and 4e-13 in 70 ms for it in float64 (torch 2.13, two cores, 2026-11-21).
     """
     dtype = _math_dtype(tensor)
-    flat = tensor.reshape(-1).to(dtype)
+    return torch.linalg.vector_norm(_row_norms(tensor.reshape(-1).to(dtype)).double()).to(dtype)
+
+
+def _row_norms(flat: Tensor) -> Tensor:
+    """Norms of the rows of :data:`_NORM_ROW` elements, then that of what is left over, if anything is."""
     whole = flat.numel() // _NORM_ROW * _NORM_ROW
+    if whole == flat.numel():
+        return torch.linalg.vector_norm(flat.view(-1, _NORM_ROW), dim=1)
     rows = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_ROW), dim=1)
-    rest = torch.linalg.vector_norm(flat[whole:]).reshape(1)
-    return torch.linalg.vector_norm(torch.cat([rows, rest]).double()).to(dtype)
+    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:]).reshape(1)])
 
 
 def _name(group: dict[str, Any], index: int) -> str:

@@ -37,11 +37,12 @@ from berth.errors import (
 )
 from berth.records.dynamic import DynamicMasker
 from berth.records.reader import SampleStream
-from berth.training import setup
+from berth.training import fastpath, setup
 from berth.training.agreement import check_start
 from berth.training.batches import BatchPlan, StepBatch, step_batches
 from berth.training.checkpoint import CheckpointStore, Entry
 from berth.training.distributed import Communicator, choose_device, discover_rank
+from berth.training.graphs import Graphs
 from berth.training.metrics import StepClock
 from berth.training.nonfinite import describe
 from berth.training.options import Options, parse_options
@@ -161,14 +162,15 @@ class Pretraining:
             options.precision, communicator.device.type, options.loss_scale, options.init_loss_scale, options.min_loss_scale,
             growth_interval=options.scale_growth_interval,
         )  # fmt: skip
-        model = setup.build_model(options, self.padded_config).to(communicator.device)
+        self.sharding = setup.effective_sharding(options, communicator.world_size)
+        self.fast = fastpath.decide(options, self.padded_config, communicator.device, communicator.world_size, self.sharding)
+        model = setup.build_model(options, self.padded_config, self.fast).to(communicator.device)
         self.parameters = modeling.count_parameters(model)
         self.parameter_names = [name for name, _ in model.named_parameters()]
         self.model_names = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        self.sharding = setup.effective_sharding(options, communicator.world_size)
-        self.parallel, kernels = setup.spread(options, model, communicator, self.clock)
-        check_start(communicator, {"kernels": kernels.name})
-        self.reporter.say("kernels: %s", kernels.reason)
+        self.parallel, kernels = setup.spread(options, model, communicator, self.clock, self.fast)
+        check_start(communicator, {"kernels": f"{kernels.name} {self.fast.name}"})
+        self.reporter.say("fast path: %s; optimizer: %s", "; ".join(self.fast.reasons), kernels.reason)
         self.schedule = setup.build_schedule(options)
         self.store = CheckpointStore(options.output_dir, options.keep_checkpoints)
         self.saver = AsyncSaver(self.store)
@@ -181,7 +183,8 @@ class Pretraining:
         check_start(communicator, {"weights at the start": self.weights})
         kind = TrainingStep if options.objective == "mlm+nsp" else MaskedLmTrainingStep
         self.step = kind(
-            self.parallel, self.schedule, self.precision, self.clock, clip_norm=options.max_grad_norm,
+            self.parallel, self.schedule, self.precision, self.clock, clip_norm=options.max_grad_norm, ahead=self.fast.copies_ahead,
+            graphs=Graphs(list(model.parameters()), communicator.device, say=self.reporter.say) if self.fast.cuda_graphs else None,
             progress=lambda number, of: watchdog.progress(self.state.step + 1, f"micro-batch {number} of {of}"),
         )  # fmt: skip
         self.masker = None if self.masking is None or vocabulary is None else DynamicMasker(vocabulary, self.masking, options.seed)
@@ -402,7 +405,7 @@ class Pretraining:
         options, communicator = self.options, self.communicator
         plan = BatchPlan(
             self.global_batch, options.micro_batch, options.gradient_accumulation_steps,
-            communicator.rank, communicator.world_size, not options.no_group_by_length,
+            communicator.rank, communicator.world_size, not options.no_group_by_length, self.fast.unpad, self.fast.cuda_graphs,
         )  # fmt: skip
         return step_batches(self.stream, plan, self.state.samples, options.num_workers)
 
@@ -531,6 +534,7 @@ class Pretraining:
             phase=options.phase,
             phase1_end_step=self.state.offset,
             precision=options.precision,
+            fast_path=self.fast.name,
             model_weights_num=self.parameters,
             data_fingerprint=self.identity["data"],
             dynamic_masking=None if self.masking is None else dataclasses.asdict(self.masking),
@@ -579,9 +583,10 @@ class Pretraining:
             return
         self.clock.stop()
         size = self.options.eval_batch_size or self.options.micro_batch
-        result = self.held_out.evaluate(
-            self.parallel.module, self.precision, self.communicator, size, lambda: self.watchdog.progress(self.state.step, "evaluation")
-        )
+        with self.parallel.evaluating():
+            result = self.held_out.evaluate(
+                self.parallel.module, self.precision, self.communicator, size, lambda: self.watchdog.progress(self.state.step, "evaluation")
+            )
         self.reporter.log_evaluation(when, self.state.step, result, self.held_out.baselines)
 
     def save(self) -> None:

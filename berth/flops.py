@@ -50,11 +50,12 @@ def step_flops(sizes: Sizes, *, tokens: int, squares: int, masked: int, pairs: i
 
 
 # TFLOP/s from NVIDIA's data sheets, dense (half of what is printed "with sparsity"), at boost clock: fp32 outside tensor cores, tf32, 16 bits.
-# bf16 and fp16 are equally fast from Ampere on; before it there is neither tf32 nor bf16. Keys: words of CUDA's device names,
+# bf16 and fp16 are equally fast from Ampere on; before it there is neither tf32 nor bf16. fp8, from Ada on, is
+# twice as fast. Keys: words of CUDA's device names,
 # the first line whose words are all there counts. Parts cut from a GPU (MIG) and models not listed have no entry: no MFU is better than a wrong one.
-_AMPERE = 8
-_PEAKS: tuple[tuple[str, int, float, float, float], ...] = (
-    # words, compute capability (major), fp32, tf32, 16 bits
+_AMPERE, _ADA = 8.0, 8.9
+_PEAKS: tuple[tuple[str, float, float, float, float], ...] = (
+    # words, compute capability, fp32, tf32, 16 bits
     ("V100 SXM2", 7, 15.7, 0.0, 125.0),
     ("V100 SXM3", 7, 15.7, 0.0, 125.0),
     ("V100 PCIE", 7, 14.0, 0.0, 112.0),
@@ -64,8 +65,8 @@ _PEAKS: tuple[tuple[str, int, float, float, float], ...] = (
     ("A40", 8, 37.4, 74.8, 149.7),
     ("A10", 8, 31.2, 62.5, 125.0),
     ("A6000", 8, 38.7, 77.4, 154.8),
-    ("L40S", 8, 91.6, 183.0, 362.0),
-    ("L4", 8, 30.3, 60.0, 121.0),
+    ("L40S", 8.9, 91.6, 183.0, 362.0),
+    ("L4", 8.9, 30.3, 60.0, 121.0),
     ("H100 NVL", 9, 60.0, 417.5, 835.5),
     ("H100 PCIE", 9, 51.0, 378.0, 756.5),
     ("H100 HBM3", 9, 67.0, 494.5, 989.5),  # SXM
@@ -78,7 +79,7 @@ _PEAKS: tuple[tuple[str, int, float, float, float], ...] = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Most operations a second of one GPU in a precision (``fp32``, ``tf32``, ``bf16``, ``fp16``), dense; ``None`` when it is not known.
+    """Most operations a second of one GPU in a precision (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp8``), dense; ``None`` when it is not known.
 
     ``device_name`` is what ``torch.cuda.get_device_name`` says, as "NVIDIA A100-SXM4-80GB" or "NVIDIA H100 PCIe".
     """
@@ -88,5 +89,6 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     for key, capability, fp32, tf32, half in _PEAKS:
         if words.issuperset(key.split()):
             bf16 = half if capability >= _AMPERE else 0.0
-            return {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": half}[precision] * 1e12 or None
+            fp8 = 2 * half if capability >= _ADA else 0.0
+            return {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": half, "fp8": fp8}[precision] * 1e12 or None
     return None

@@ -66,7 +66,7 @@ _OF_BOTH = {
 }
 ARGUMENTS: dict[str, Argument] = {
     **_OF_BOTH,
-    "precision": Argument("text", "platform's first", "fp16, bf16, tf32 or fp32"),
+    "precision": Argument("text", "platform's first", "fp16, bf16, fp8, tf32 or fp32"),
     "num_gpus": Argument(
         "count", "those there are, else the platform's", "processes, one a GPU; on a platform without GPUs just processes"
     ),

@@ -79,7 +79,8 @@ def memory_gb(
 ) -> MemoryEstimate:
     """Memory of one GPU that trains ``config`` (Hugging Face's keys) with ``micro_batch`` sequences of the phase's length a pass.
 
-    Parameters: :func:`bytes_a_parameter` (16 unsharded), 2 more for the copy of a 16-bit precision. Activations: Korthikanti et
+    Parameters: :func:`bytes_a_parameter` (16 unsharded), 2 more for the copy of a 16-bit precision (fp8 counts as one: its copies are smaller,
+    and so are the inputs that its layers keep; how much was not measured). Activations: Korthikanti et
     al. 2022, equation 1, ``s b h (34 + 5 a s / h)`` bytes a layer in 16 bits, twice that in 32; generalised to any
     inner size. With checkpointed activations (what the recipe says if ``None``) a layer keeps its input, and one layer is whole. Logits:
     those of the masked rows and their gradient.
@@ -127,8 +128,8 @@ def walltime_estimate(row: Row, matrix: Matrix) -> TimeEstimate | None:
     """Hours of a row's phase from published throughput: its own, else scaled by the number of GPUs from the nearest published row.
 
     Nearest: same platform before another with the same GPU, same precision before the other of 16 bits, then micro-batch, then number
-    of GPUs, then the newest source. ``None`` where nothing was published for this GPU, length and width: an estimate from another GPU
-    would be a guess.
+    of GPUs, then the newest source. fp8 counts as 16 bits: what it saves was not published. ``None`` where nothing was published for this
+    GPU, length and width: an estimate from another GPU would be a guess.
     """
     exact = matrix.published_for(row)
     if exact:

@@ -24,7 +24,7 @@ __all__ = ["Matrix", "PhaseRecipe", "Platform", "Published", "Recipe", "Row", "l
 SLURM = Path(berth.__file__).resolve().parent.parent / "slurm"
 MOST_NODES = 100_000  # a slip of the finger, not a cluster
 SELECTORS = ("platform", "nodes", "phase", "precision", "recipe")
-SIXTEEN_BIT = ("fp16", "bf16")  # the rest keeps activations in 32 bits
+SIXTEEN_BIT = ("fp16", "bf16", "fp8")  # no activation is wider, and fp8 keeps some in 8 bits; the rest keeps them in 32
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _add_request(parser: argparse.ArgumentParser) -> None:
     add("--row_phase2", help="row of phase 2 (default: the matrix's for the same platform, nodes and precision)")
     add("--platform", help="instead of --row: platform, with --nodes")
     add("--nodes", type=int, help="number of nodes (overrides the rows')")
-    add("--precision", help="fp16, bf16, tf32 or fp32 (default: the row's, or the platform's first)")
+    add("--precision", help="fp16, bf16, fp8, tf32 or fp32 (default: the row's, or the platform's first)")
     add("--micro_batch", type=int, help="sequences of one forward pass a GPU, in the first phase (default: the matrix's)")
     add("--recipe", help="recipe of recipes.yml (default: the row's, or the profile's, else lamb)")
     add("--phase", choices=tuple(PHASES), default="all", help="which phases (default: all)")

@@ -13,7 +13,7 @@ from typing import Any
 
 from berth.launch.yamlfile import Table, suggestion
 
-PRECISIONS = ("fp16", "bf16", "tf32", "fp32")
+PRECISIONS = ("fp16", "bf16", "fp8", "tf32", "fp32")
 OPTIMIZERS = ("lamb", "adamw")
 SCHEDULES = ("poly", "linear", "cosine", "constant", "exponential")
 # options of run_pretraining.py that a recipe or row may set beside its own keys; the launcher sets all others
@@ -22,9 +22,13 @@ OPTIONS = (
     "dynamic_masking", "masked_lm_prob", "whole_word_mask", "allreduce_post_accumulation_fp16", "checkpoint_activations",
     "no_dense_sequence_output", "no_group_by_length", "loss_scale", "init_loss_scale", "min_loss_scale", "scale_growth_interval",
     "max_consecutive_skips", "on_divergence", "max_rollbacks", "shard", "deepspeed_zero_stage", "reduce_dtype", "optimizer_backend",
+    "unpad", "compile", "cuda_graphs", "fused_loss", "fused_qkv", "no_copy_ahead",
     "no_async_checkpoints", "dead_rank_s", "timeout_min", "peak_tflops",
     "phase2_moments", "phase2_step", "keep_checkpoints", "log_freq", "eval_freq", "eval_samples", "eval_batch_size", "num_workers",
 )  # fmt: skip
+
+WORDS = ("unpad", "compile", "fused_loss", "fused_qkv")
+"""Options whose values are words, ``on`` and ``off`` among them."""
 
 
 @dataclass(frozen=True)
@@ -162,13 +166,17 @@ def _read_phase(number: int, body: Any, where: str, problems: list[str], base: P
 
 
 def read_options(options: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
-    """Further options of ``run_pretraining.py``; the names must be among :data:`OPTIONS`, values numbers, texts or true/false."""
+    """Further options of ``run_pretraining.py``; the names must be among :data:`OPTIONS`, values numbers, texts or true/false.
+
+    YAML reads ``on`` and ``off`` without quotes as true and false: of :data:`WORDS` they become words again.
+    """
+    options = {name: ("on" if value else "off") if name in WORDS and isinstance(value, bool) else value for name, value in options.items()}
     for name, value in options.items():
         if name not in OPTIONS:
             problems.append(f"{where}: unknown option {name!r}{suggestion(name, OPTIONS)}")
         elif not isinstance(value, (str, int, float)):
             problems.append(f"{where}: option {name} must be a number, text or true/false, not {value!r}")
-    return dict(options)
+    return options
 
 
 def _named(value: Any, where: str, problems: list[str]) -> list[tuple[str, Any]]:

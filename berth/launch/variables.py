@@ -37,7 +37,7 @@ VARIABLES: dict[str, tuple[tuple[str, ...], str]] = {
     "MAX_STEPS": (("TRAIN_STEPS",), "optimizer steps of the phase"),
     "STEPS_THIS_RUN": ((), "stop, with a checkpoint, after so many steps"),
     "SAVE_CHECKPOINT_STEPS": ((), "optimizer steps between checkpoints"),
-    "PRECISION": ((), "fp16, bf16, tf32 or fp32; the platform's first if not given"),
+    "PRECISION": ((), "fp16, bf16, fp8, tf32 or fp32; the platform's first if not given"),
     "PLATFORM": ((), "platform of configurations.yml; the site profile's if not given"),
     "RECIPE": ((), "recipe of recipes.yml"),
     "SITE_PROFILE": ((), "site profile: name in slurm/clusters, or path; found by Slurm's name of the cluster if not given"),

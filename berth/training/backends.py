@@ -1,22 +1,23 @@
-"""Who computes LAMB and layer norm: berth (torch only) or NVIDIA apex's CUDA kernels, where they are really there.
+"""Who computes LAMB and layer norm: berth's Triton kernels, NVIDIA apex's CUDA kernels, or torch, whatever really works here.
 
 In: what the user asked for (``--optimizer_backend``), the device, and how the model is spread. Out: a :class:`Choice` with its
 reason for the log, an optimizer with the interface and the state of :class:`optimization.Lamb` whoever computes, and layer
 norms replaced in place. Checkpoints therefore move between backends.
 
-``import apex`` proves nothing: the package index has another project of that name, and NVIDIA's own installs without kernels and
-then fails at construction. So the compiled modules (``amp_C``, ``fused_layer_norm_cuda``) are imported, and each part takes one
-small step on the device that must agree with berth's: a build for other GPUs or another torch imports, too.
+An import proves nothing: the package index has another project called apex, NVIDIA's own installs without kernels and then fails at
+construction, Triton imports without a driver or a C compiler. So compiled modules are imported (``amp_C``, ``fused_layer_norm_cuda``), and each
+part takes small steps on the device that must agree with torch's: a build for other GPUs or another torch imports, too.
 
 Rejected: apex's FusedAdam (torch's fused AdamW is as fast and always there); apex.amp (gone from apex); apex's layer norm as it is
-(inside autocast it rounds weights and output to 16 bits, torch's does not).
+(inside autocast it rounds weights and output to 16 bits, torch's does not), or in a compiled model (it breaks the graph; there the compiler
+fuses torch's).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,29 +27,35 @@ import optimization
 from berth.errors import ConfigError
 from berth.training.apex_lamb import ApexLamb
 
-REQUESTS = ("auto", "berth", "apex")
+REQUESTS = ("auto", "triton", "berth", "apex")
 
-_HOW_TO_GET = (
-    "NVIDIA apex with its CUDA kernels comes with the NGC PyTorch container, or is built from its source with APEX_CPP_EXT=1 "
-    "APEX_CUDA_EXT=1 ('pip install apex' installs another project); or use --optimizer_backend auto"
-)
-_FAILURES = (ImportError, OSError, AttributeError, TypeError, RuntimeError)
-"""What a module built for another torch, CUDA or GPU raises when it is imported, constructed or run."""
+_HOW_TO_GET = {
+    "triton": "Triton comes with torch's CUDA builds for Linux and needs a C compiler; or use --optimizer_backend auto",
+    "apex": (
+        "NVIDIA apex with its CUDA kernels comes with the NGC PyTorch container, or is built from its source with APEX_CPP_EXT=1 "
+        "APEX_CUDA_EXT=1 ('pip install apex' installs another project); or use --optimizer_backend auto"
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Backends:
-    """The parts of apex that work on a device: their classes, or ``None`` and a line in ``problems``."""
+    """The parts that were found to work on a device: their classes, or ``None`` and (of what was tried) a line in ``problems``."""
 
     fused_lamb: type | None = None
     mixed_lamb: type | None = None
     layer_norm: type | None = None
+    triton_lamb: type | None = None
     problems: tuple[str, ...] = ()
+
+    def first(self, parts: Iterable[str]) -> type | None:
+        """The first of the fields called ``parts`` that is there."""
+        return next((kind for kind in (getattr(self, part) for part in parts) if kind is not None), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Apex's classes to use (``None``: berth's or torch's), and why: a sentence for the log.
+    """Classes to use (``None``: optimization.Lamb, torch's layer norm), and why: a sentence for the log.
 
     All ranks must have chosen the same, or their weights drift apart by rounding: compare :attr:`name` at the start.
     """
@@ -59,64 +66,96 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """For instance ``FusedLAMB+FusedLayerNorm``; ``berth`` when nothing is apex's."""
+        """For instance ``TritonLamb``, ``FusedLAMB+FusedLayerNorm``; ``berth`` when nothing but torch computes."""
         return "+".join(kind.__name__ for kind in (self.lamb, self.layer_norm) if kind is not None) or "berth"
 
 
-def probe(device: torch.device) -> Backends:
-    """Import apex's compiled modules and try each part on ``device``; never raises for an absent or broken apex."""
+def probe(device: torch.device, wanted: Sequence[Sequence[str]] | None = None) -> Backends:
+    """Try parts on ``device``; never raises for an absent or broken one.
+
+    ``wanted``: lists of fields of :class:`Backends`; of each list, the first that works is found and the rest not tried. ``None``: all.
+    """
     found: dict[str, Any] = {}
     problems = []
-    for field, (extension, kernels, module, name, trial) in _PARTS.items():
-        try:
-            kind = _load(extension, kernels, module, name)
-            trial(kind, device)
-        except _FAILURES as error:
-            lines = str(error).strip().splitlines()
-            problems.append(f"{name}: {lines[0] if lines else type(error).__name__}")
-        else:
-            found[field] = kind
+    for alternatives in [[part] for part in _PARTS] if wanted is None else wanted:
+        for part in alternatives:
+            extension, kernels, module, name, trial = _PARTS[part]
+            try:
+                kind = _load(extension, kernels, module, name)
+                trial(kind, device)
+            except Exception as error:  # a build for another torch, driver or GPU has no end of ways to fail, and Triton classes of its own
+                lines = str(error).strip().splitlines()
+                problems.append(f"{name}: {lines[0] if lines else type(error).__name__}")
+            else:
+                found[part] = kind
+                break
     return Backends(**found, problems=tuple(problems))
 
 
-def choose(requested: str, *, device: torch.device, optimizer: str, sharding: str, precision: str, found: Backends | None = None) -> Choice:
+def choose(
+    requested: str,
+    *,
+    device: torch.device,
+    optimizer: str,
+    sharding: str,
+    precision: str,
+    compiled: bool = False,
+    found: Backends | None = None,
+) -> Choice:
     """Decide what computes LAMB and layer norm.
 
     Args:
-        requested: one of :data:`REQUESTS`. ``auto`` takes apex's kernels on CUDA where they work, else berth's.
+        requested: one of :data:`REQUESTS`. ``auto`` takes, on CUDA, berth's Triton kernels where they work, else apex's, else torch's
+            batched ones; and apex's layer norm. ``triton``: its LAMB and torch's layer norm. ``berth``: torch only.
         optimizer: ``lamb`` or ``adamw``. sharding: ``none``, or the way the state is spread.
+        compiled: whether ``torch.compile`` will see the model; its layer norms are then torch's.
         found: what :func:`probe` says; it is asked when needed and ``None``.
 
-    Raises :class:`ConfigError` when ``apex`` is asked for and cannot do it: another optimizer, another device, sharded state,
-    kernels missing.
+    Raises :class:`ConfigError` when ``triton`` or ``apex`` is asked for and cannot do it: another optimizer, another device, sharded
+    state, kernels missing.
     """
+    forced = requested in _HOW_TO_GET
     if requested == "berth":
-        return Choice(None, None, "berth's LAMB and torch's layer norm: --optimizer_backend berth")
-    forced = requested == "apex"
+        return Choice(None, None, f"{_torch_only(device, optimizer)}: --optimizer_backend berth")
     obstacle = _obstacle(device, sharding)
     if forced and obstacle is None and optimizer != "lamb":
         obstacle = f"of optimizers it is used for LAMB only, not for --optimizer {optimizer}; use --optimizer_backend auto"
     if obstacle is not None:
         if forced:
-            raise ConfigError(f"--optimizer_backend apex: {obstacle}")
-        return Choice(None, None, f"apex is not used: {obstacle}")
-    found = probe(device) if found is None else found
-    lamb = (found.mixed_lamb or found.fused_lamb) if precision == "fp16" else (found.fused_lamb or found.mixed_lamb)
-    if optimizer != "lamb":
-        lamb = None
-    elif forced and lamb is None:
-        raise ConfigError(f"--optimizer_backend apex: no LAMB of apex works here ({'; '.join(found.problems)}); {_HOW_TO_GET}")
-    chosen = Choice(lamb, found.layer_norm, "")
-    said = f"apex: {chosen.name}" if chosen.name != "berth" else "apex is not used"
+            raise ConfigError(f"--optimizer_backend {requested}: {obstacle}")
+        return Choice(None, None, f"{_torch_only(device, optimizer)}: neither Triton nor apex, {obstacle}")
+    apex = ("mixed_lamb", "fused_lamb") if precision == "fp16" else ("fused_lamb", "mixed_lamb")
+    lambs = {"auto": ("triton_lamb", *apex), "triton": ("triton_lamb",), "apex": apex}[requested] if optimizer == "lamb" else ()
+    norms = ("layer_norm",) if requested != "triton" and not compiled else ()
+    found = probe(device, (lambs, norms)) if found is None else found
+    chosen = Choice(found.first(lambs), found.first(norms), "")
+    if forced and chosen.lamb is None:
+        raise ConfigError(
+            f"--optimizer_backend {requested}: its LAMB does not work here ({'; '.join(found.problems)}); {_HOW_TO_GET[requested]}"
+        )
+    said = f"kernels: {chosen.name}" if chosen.name != "berth" else _torch_only(device, optimizer)
     return dataclasses.replace(chosen, reason=said + (f" ({'; '.join(found.problems)})" if found.problems else ""))
 
 
+def _torch_only(device: torch.device, optimizer: str) -> str:
+    """How a run computes without Triton and apex."""
+    if optimizer != "lamb":
+        return "torch's optimizer and layer norm"
+    if device.type == "cuda":
+        how = "torch's batched kernels"
+    elif optimization.fused_problem() is None:
+        how = "torch's fused Adam kernel in blocks"
+    else:
+        how = f"a loop over tensors: the fast path {optimization.fused_problem()}"
+    return f"berth's LAMB ({how}) and torch's layer norm"
+
+
 def _obstacle(device: torch.device, sharding: str) -> str | None:
-    """Why no apex, installed or not, can serve this run."""
+    """Why no kernels of Triton or apex, installed or not, can serve this run."""
     if device.type != "cuda":
-        return f"its kernels need a CUDA device, this run is on {device.type}"
+        return f"their kernels need a CUDA device, this run is on {device.type}"
     if sharding != "none":
-        return f"its LAMB takes the norm of the piece it sees for that of the tensor, and {sharding} gives it pieces; berth's does not"
+        return f"their LAMB takes the norm of the piece it sees for that of the tensor, and {sharding} gives it pieces; berth's does not"
     return None
 
 
@@ -124,6 +163,8 @@ def make_lamb(choice: Choice, groups: list[dict[str, Any]], lr: float, max_grad_
     """LAMB over the groups of :func:`optimization.parameter_groups`; ``max_grad_norm`` 0 = no clipping."""
     if choice.lamb is None:
         return optimization.Lamb(groups, lr=lr, max_grad_norm=max_grad_norm)
+    if issubclass(choice.lamb, optimization.Lamb):
+        return choice.lamb(groups, lr=lr, max_grad_norm=max_grad_norm)
     return ApexLamb(choice.lamb, groups, lr=lr, max_grad_norm=max_grad_norm)
 
 
@@ -173,16 +214,37 @@ def _load(extension: str, kernels: tuple[str, ...], module: str, name: str) -> t
     return getattr(importlib.import_module(module), name)
 
 
+_SHAPES = ((7, 5), (64, 65), (2,), (5003,))
+"""Of the tensors of a trial: sizes that are multiples of 4 and not, of one block and of several."""
+
+
 def _try_lamb(kind: type, device: torch.device) -> None:
-    """One clipped step on a decayed [7, 5] and a plain [33] tensor, against berth's."""
-    updated: list[list[Tensor]] = []
-    for backend in (Choice(kind, None, ""), Choice(None, None, "")):
-        decayed, plain = _ramp((7, 5), device), _ramp((33,), device)
-        decayed.grad, plain.grad = decayed.detach().cos(), plain.detach().sin()
-        groups = [{"params": [decayed], "weight_decay": 0.01}, {"params": [plain], "weight_decay": 0.0}]
-        make_lamb(backend, groups, lr=0.1, max_grad_norm=0.5).step()
-        updated.append([decayed, plain])
-    _must_agree(*updated)
+    """Two steps, one clipped, on decayed and plain tensors of :data:`_SHAPES`, against berth's in float64."""
+    results: list[list[Tensor]] = []
+    for backend, dtype in ((Choice(kind, None, ""), torch.float32), (Choice(None, None, ""), torch.float64)):
+        groups = [{"params": [_ramp(shape, device, dtype) for shape in _SHAPES], "weight_decay": decay} for decay in (0.01, 0.0)]
+        tensors = [parameter for group in groups for parameter in group["params"]]  # type: ignore[attr-defined]
+        optimizer = make_lamb(backend, groups, lr=0.1, max_grad_norm=0.5)
+        for size in (1.0, 1e-3):
+            for number, parameter in enumerate(tensors):
+                parameter.grad = (parameter.detach() + number).cos() * size
+            optimizer.step()
+        results.append(tensors + [optimizer.state[parameter][key] for key in ("exp_avg", "exp_avg_sq") for parameter in tensors])
+    _must_agree(*results)
+
+
+def _try_triton(kind: type, device: torch.device) -> None:
+    """As :func:`_try_lamb`; and a norm that is not finite must leave parameters and moments as they are."""
+    _try_lamb(kind, device)
+    parameter = _ramp((4096,), device)
+    optimizer = kind([parameter])
+    for norm in (1.0, float("inf")):
+        parameter.grad = torch.ones_like(parameter)
+        before = [tensor.clone() for tensor in (parameter.detach(), *optimizer.state[parameter].values())]
+        optimizer.step(grad_norm=torch.tensor(norm, device=device))
+    after = [parameter.detach(), *optimizer.state[parameter].values()]
+    if not all(torch.equal(left, right) for left, right in zip(before, after, strict=True)):
+        raise RuntimeError("it changed tensors on this device though the gradient norm was infinite")
 
 
 def _try_layer_norm(kind: type, device: torch.device) -> None:
@@ -197,9 +259,9 @@ def _try_layer_norm(kind: type, device: torch.device) -> None:
     _must_agree(*results)
 
 
-def _ramp(shape: tuple[int, ...], device: torch.device) -> nn.Parameter:
+def _ramp(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     count = torch.Size(shape).numel()
-    return nn.Parameter((torch.arange(count, dtype=torch.float32, device=device) / 7).sin().reshape(shape))
+    return nn.Parameter((torch.arange(count, dtype=torch.float32, device=device) / 7).sin().reshape(shape).to(dtype))
 
 
 def _must_agree(theirs: list[Tensor], ours: list[Tensor]) -> None:
@@ -216,5 +278,6 @@ _PARTS: dict[str, tuple[str, tuple[str, ...], str, str, Callable[[type, torch.de
     "layer_norm": (
         "fused_layer_norm_cuda", ("forward_affine", "backward_affine"), "apex.normalization", "FusedLayerNorm", _try_layer_norm,
     ),
+    "triton_lamb": ("triton", ("jit",), "berth.kernels.lamb", "TritonLamb", _try_triton),
 }  # fmt: skip
 """Field of :class:`Backends`: compiled module, its functions that are needed, Python module, class, trial."""

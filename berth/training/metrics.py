@@ -9,12 +9,13 @@ to wait for each of them); a profiler (a few per cent of the step); a mean over 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -60,6 +61,15 @@ class StepClock:
         """From now on time belongs to nothing, until the next :meth:`enter`."""
         if self.enabled:
             self._timeline.mark(None)
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Marks set inside do not count: what is under way goes on. For passes that are recorded as a CUDA graph."""
+        enabled, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = enabled
 
     def take(self) -> dict[str, float]:
         """Seconds by part since the last call; a part that is under way goes on."""

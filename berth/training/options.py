@@ -16,6 +16,9 @@ from berth.errors import ConfigError
 from berth.training.precision import PRECISIONS
 
 SHARDINGS = ("none", "zero1", "zero2", "zero3")
+SWITCH = ("auto", "on", "off")
+COMPILE = ("auto", "off", "layers", "model")
+OPTIMIZER_BACKENDS = ("auto", "triton", "berth", "apex")
 REDUCE_DTYPES = ("fp32", "fp16", "bf16")
 SCHEDULE_NAMES = ("poly", "linear", "cosine", "constant", "exponential")
 
@@ -35,7 +38,6 @@ OBSOLETE_HARMLESS = {
 }
 # flags that would change the result, and what to do instead
 OBSOLETE_REFUSED = {
-    "--cuda_graphs": "CUDA graphs are not implemented; run without it",
     "--masking": "records carry their masks, or --dynamic_masking draws them while training",
 }
 _WITH_VALUE = {"--schedule", "--bert_model", "--num_train_epochs", "--profile-start", "--gpu_memory_limit_gb", "--masking"}
@@ -84,6 +86,12 @@ class Options:
     deepspeed: str | None
     deepspeed_zero_stage: int | None
     optimizer_backend: str
+    unpad: str
+    compile: str
+    cuda_graphs: bool
+    fused_loss: str
+    fused_qkv: str
+    no_copy_ahead: bool
     checkpoint_activations: bool
     no_dense_sequence_output: bool
     no_group_by_length: bool
@@ -157,6 +165,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(parser.add_argument_group("data and model"))
     _add_batch(parser.add_argument_group("batch, steps and optimizer"))
     _add_precision(parser.add_argument_group("precision and memory"))
+    _add_speed(parser.add_argument_group("speed (the result is the same within rounding; what is used is logged at the start)"))
     _add_sharding(parser.add_argument_group("sharding and reduction"))
     _add_resume(parser.add_argument_group("phases, start and resume"))
     _add_output(parser.add_argument_group("checkpoints, logs and evaluation"))
@@ -228,7 +237,11 @@ def _add_batch(group: Any) -> None:
 
 def _add_precision(group: Any) -> None:
     add = group.add_argument
-    add("--precision", choices=PRECISIONS, help="type of matrix products; parameters and optimizer state are always fp32 (default: fp32)")
+    add(
+        "--precision",
+        choices=PRECISIONS,
+        help="type of matrix products; parameters and optimizer state are always fp32 (default: fp32). fp8: the encoder's linear layers, the rest bf16; for GPUs from compute capability 8.9 on",
+    )
     add("--fp16", "--amp", dest="fp16", action="store_true", help="same as --precision fp16")
     add("--loss_scale", type=float, default=0.0, help="0 = dynamic for fp16 and none otherwise; positive = static")
     add("--init_loss_scale", type=float, default=2.0**20, help="first dynamic loss scale")
@@ -243,15 +256,57 @@ def _add_precision(group: Any) -> None:
     )
     add("--max_rollbacks", type=int, default=3, help="--on_divergence rollback: stop all the same after this many")
     add(
-        "--optimizer_backend",
-        choices=("auto", "berth", "apex"),
-        default="auto",
-        help="whose LAMB and LayerNorm kernels: apex where they are installed, on a GPU and without sharding; else berth's",
-    )
-    add(
         "--checkpoint_activations",
         action="store_true",
         help="recompute each layer in the backward pass: less memory, about a third more time",
+    )
+
+
+def _add_speed(group: Any) -> None:
+    add = group.add_argument
+    add(
+        "--unpad",
+        choices=SWITCH,
+        default="auto",
+        help="compute no padding: sequences lie end to end, attention knows where they begin. Saves the padded share of a step (13 %% at a fill "
+        "of 0.87, more with short sequences). auto: on a CPU, and on a GPU in 16 bits",
+    )
+    add(
+        "--compile",
+        choices=COMPILE,
+        default="auto",
+        help="compile everything between the matrix products (dropout, GELU, residuals, layer norm) into few kernels, which saves passes over GPU "
+        "memory, for about a minute at the start: the whole model, or layer by layer, so that gradients are reduced while the backward pass goes on. "
+        "auto: model on one GPU, layers on several, off on a CPU",
+    )
+    add(
+        "--cuda_graphs",
+        action="store_true",
+        help="replay forward and backward of a micro-batch as one launch: for small micro-batches, whose kernels are shorter than their launches",
+    )
+    add(
+        "--fused_loss",
+        choices=SWITCH,
+        default="auto",
+        help="compute the masked-language loss a chunk of rows at a time: the logits (masked tokens x vocabulary) never take memory as a whole",
+    )
+    add(
+        "--fused_qkv",
+        choices=SWITCH,
+        default="auto",
+        help="query, key and value in one matrix product: fewer passes over the hidden states. auto: on a GPU (on a CPU it is slower)",
+    )
+    add(
+        "--no_copy_ahead",
+        action="store_true",
+        help="copy a micro-batch to the GPU when its turn comes, not while the one before is computed",
+    )
+    add(
+        "--optimizer_backend",
+        choices=OPTIMIZER_BACKENDS,
+        default="auto",
+        help="whose LAMB: berth's Triton kernels (two passes over memory instead of about thirty), NVIDIA apex's, or berth's on torch alone. auto: the "
+        "first that works here; with sharding always berth's",
     )
     add(
         "--no_dense_sequence_output",

@@ -14,7 +14,8 @@ import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import optimization
 from berth.training.backends import Choice, make_lamb
+from berth.training.compiled import compile_model, effective, plain
 from berth.training.distributed import Communicator
+from berth.training.graphs import aside
 from berth.training.metrics import StepClock
 from berth.training.nonfinite import nonfinite_names
 from berth.training.saving import snapshot
+from berth.training.transfer import Arriving
 
 WIRES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -65,12 +69,14 @@ class Recipe:
 class Parallel(ABC):
     """A model, its optimizer, and how both are spread over ranks. Methods that say *collective* must be called by all ranks.
 
-    ``module`` is what a forward pass calls, in training and evaluation; a sharded one communicates in it, so that all ranks must make the
-    same number of passes.
+    ``module`` is what a forward pass calls, in training (inside of :meth:`micro_batch`) and evaluation (inside of :meth:`evaluating`); a
+    sharded one communicates in it, so that all ranks must make the same number of passes. ``compiled`` says how much of it
+    torch.compile has made, of :data:`berth.training.compiled.MODES`.
     """
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
+    compiled: str = "off"
 
     def __init__(self, communicator: Communicator, clock: StepClock) -> None:
         self.communicator, self.clock = communicator, clock
@@ -78,6 +84,14 @@ class Parallel(ABC):
     @abstractmethod
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward of one micro-batch; gradients are reduced in the ``last`` of a step."""
+
+    def unreduced(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forward and backward whose gradients stay on this rank: what a CUDA graph may hold."""
+        return self.micro_batch(last=False)
+
+    def evaluating(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forward passes that are not training: nothing is compiled for them."""
+        return plain() if self.compiled == "layers" else contextlib.nullcontext()
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
@@ -142,23 +156,32 @@ class Native(Parallel):
         if scale != 1.0:
             torch._foreach_mul_(tensors, 1.0 / scale)
         norm = self.norm(tensors)
-        value = float(norm)
+        arriving, guarded = Arriving(norm), getattr(self.optimizer, "guards_nonfinite", False)
+        if guarded:  # changes nothing if the norm is not finite, so it need not wait for the host to know
+            self._launch(norm)
+            self.after_update()
+        value = arriving.value()
         bad: list[tuple[str, str]] = []
-        if math.isfinite(value):
+        if not math.isfinite(value):
+            if guarded:
+                self.optimizer.undo_step()  # type: ignore[attr-defined]
+            bad = nonfinite_names(named, self.add_over_ranks)
+        elif not guarded:
             self._step(tensors, norm, value, clip_norm)
             self.after_update()
-        else:
-            bad = nonfinite_names(named, self.add_over_ranks)
         self.drop_gradients()
         return Update(value, bad)
 
     def _step(self, tensors: list[Tensor], norm: Tensor, value: float, clip_norm: float) -> None:
         if hasattr(self.optimizer, "max_grad_norm"):  # LAMB clips by itself
-            self.optimizer.step(grad_norm=norm)  # type: ignore[call-overload]
+            self._launch(norm)
             return
         if clip_norm and value > clip_norm:
             torch._foreach_mul_(tensors, clip_norm / value)
         self.optimizer.step()
+
+    def _launch(self, norm: Tensor) -> None:
+        self.optimizer.step(grad_norm=norm)  # type: ignore[call-overload]
 
 
 class Replicated(Native):
@@ -168,14 +191,35 @@ class Replicated(Native):
         model: the bare module on its device, the same weights on every rank.
         recipe: how the optimizer is made.
         wire: name in :data:`WIRES` of the type gradients have between ranks; sums over micro-batches stay fp32.
+        compiled: how much of the model training passes run through torch.compile, of :data:`berth.training.compiled.MODES`; with several
+            ranks layer by layer at most.
+        compile_options: for :func:`berth.training.compiled.compile_model`.
+        graphs: whether passes are recorded as CUDA graphs; gradients then keep their memory from step to step.
     """
 
-    def __init__(self, model: nn.Module, communicator: Communicator, clock: StepClock, recipe: Recipe, wire: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        communicator: Communicator,
+        clock: StepClock,
+        recipe: Recipe,
+        wire: str = "fp32",
+        *,
+        compiled: str = "off",
+        compile_options: Mapping[str, Any] = MappingProxyType({}),
+        graphs: bool = False,
+    ) -> None:
         super().__init__(communicator, clock)
         self.plain = self.module = model
         self.names = {parameter: name for name, parameter in model.named_parameters()}
         self.optimizer = self.make_optimizer(recipe)
-        self._distributed = wrap(model, communicator, clock, WIRES[wire]) if communicator.world_size > 1 else None
+        self.compiled = effective(compiled, communicator.world_size)
+        self._alone: Any = compile_model(model, self.compiled, **compile_options)
+        self._distributed: DistributedDataParallel | None = None
+        if communicator.world_size > 1:
+            with aside(communicator.device) if graphs else contextlib.nullcontext():
+                self._distributed = wrap(model, communicator, clock, WIRES[wire])
+        self._keep_gradients = graphs or self._distributed is not None
 
     def make_optimizer(self, recipe: Recipe) -> torch.optim.Optimizer:
         """Over whole tensors, in the two decay groups."""
@@ -183,14 +227,23 @@ class Replicated(Native):
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """See :class:`Parallel`. Training goes through DistributedDataParallel, evaluation through the bare model."""
+        """See :class:`Parallel`. Training goes through DistributedDataParallel or the compiled model, evaluation through the bare one."""
         if self._distributed is None:
-            yield
-            return
-        self.module = self._distributed
-        try:
-            with contextlib.nullcontext() if last else self._distributed.no_sync():
+            with self.unreduced():
                 yield
+            return
+        with self._called(self._distributed), contextlib.nullcontext() if last else self._distributed.no_sync():
+            yield
+
+    def unreduced(self) -> contextlib.AbstractContextManager[Any]:
+        """See :class:`Parallel`. Past DistributedDataParallel, which takes no notice outside of its own passes."""
+        return self._called(self._alone)
+
+    @contextlib.contextmanager
+    def _called(self, module: Any) -> Iterator[None]:
+        self.module = module
+        try:
+            yield
         finally:
             self.module = self.plain
 
@@ -218,12 +271,13 @@ class Replicated(Native):
         return counts
 
     def drop_gradients(self) -> None:
-        """Zero them in place where they are views of DistributedDataParallel's buckets."""
-        self.optimizer.zero_grad(set_to_none=self._distributed is None)
-        if self._distributed is not None:
-            for parameter in self.names:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
+        """Zero them in place where they are views of DistributedDataParallel's buckets, or recorded graphs add to them."""
+        if not self._keep_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        gradients = [parameter.grad for parameter in self.names if parameter.grad is not None]
+        if gradients:
+            torch._foreach_zero_(gradients)
 
     def model_state(self) -> dict[str, Tensor] | None:
         """See :class:`Parallel`."""

@@ -1,8 +1,9 @@
 """Precision: what runs in which type, and the loss scale that fp16 needs.
 
 Parameters, gradients, reduction and optimizer state are fp32 in every mode; ``bf16`` and ``fp16`` only choose the type
-matrix products run in (autocast). The loss scaler is berth's own because torch's has no floor: without one a diverged run
-halves its scale for ever and skips every step in silence.
+matrix products run in (autocast). ``fp8`` is ``bf16`` for a model whose encoder went through
+:func:`berth.kernels.fp8.convert_linears`, whose layers choose their scales themselves: it needs no loss scale. The loss scaler is
+berth's own because torch's has no floor: without one a diverged run halves its scale for ever and skips every step in silence.
 
 **A skipped step.** When the global gradient norm is not finite, weights, moments, the optimizer's step count and hence the learning
 rate stay as they are: the next step uses the same rate. The samples count as consumed, so the next step sees new ones. A dynamic scale
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8")
 
 
 @dataclasses.dataclass
@@ -78,7 +79,7 @@ class Precision:
         """The context for the forward pass."""
         if self.name in ("fp32", "tf32"):
             return contextlib.nullcontext()
-        return torch.autocast(self.device_type, dtype=torch.bfloat16 if self.name == "bf16" else torch.float16)
+        return torch.autocast(self.device_type, dtype=torch.float16 if self.name == "fp16" else torch.bfloat16)
 
 
 def make_precision(

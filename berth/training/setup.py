@@ -28,6 +28,7 @@ from berth.training.backends import Choice, choose, fuse_layer_norms
 from berth.training.checkpoint import MANIFEST, read_checkpoint
 from berth.training.distributed import Communicator
 from berth.training.evaluate import HeldOut
+from berth.training.fastpath import FastPath
 from berth.training.metrics import StepClock
 from berth.training.options import Options
 from berth.training.parallel import Parallel, Recipe, Replicated
@@ -154,13 +155,14 @@ def open_held_out(
     return HeldOut(held_out, vocab_size, options.eval_samples, masker)
 
 
-def build_model(options: Options, config: modeling.BertConfig) -> nn.Module:
-    """The model with its seeded initial weights."""
+def build_model(options: Options, config: modeling.BertConfig, fast: FastPath) -> nn.Module:
+    """The model with its seeded initial weights and its switches set."""
     torch.manual_seed(options.seed)
     kind = modeling.BertForPreTraining if options.objective == "mlm+nsp" else modeling.BertForMaskedLM
     model = kind(config)
     model.dense_sequence_output = not options.no_dense_sequence_output
     model.set_activation_checkpointing(options.checkpoint_activations)
+    fast.prepare(model)
     return model
 
 
@@ -178,7 +180,7 @@ def weights_digest(weights: Mapping[str, torch.Tensor]) -> str:
     return f"CRC-32 {crc:08x}"
 
 
-def spread(options: Options, model: nn.Module, communicator: Communicator, clock: StepClock) -> tuple[Parallel, Choice]:
+def spread(options: Options, model: nn.Module, communicator: Communicator, clock: StepClock, fast: FastPath) -> tuple[Parallel, Choice]:
     """``model`` (on its device) and its optimizer, spread over the ranks as --shard or --deepspeed says; and whose kernels run."""
     choice = choose(
         options.optimizer_backend,
@@ -186,6 +188,7 @@ def spread(options: Options, model: nn.Module, communicator: Communicator, clock
         optimizer=options.optimizer,
         sharding=effective_sharding(options, communicator.world_size),
         precision=options.precision,
+        compiled=fast.compiled != "off",
     )
     fuse_layer_norms(model, choice)
     recipe = Recipe(options.optimizer, options.learning_rate, options.weight_decay, options.max_grad_norm, choice)
@@ -197,9 +200,10 @@ def spread(options: Options, model: nn.Module, communicator: Communicator, clock
         from berth.training.sharded import FullySharded, Zero1
 
         if options.shard == "zero1":
-            return Zero1(model, communicator, clock, recipe, options.reduce_dtype), choice
-        return FullySharded(model, communicator, clock, recipe, options.reduce_dtype, stage=int(options.shard[-1])), choice
-    return Replicated(model, communicator, clock, recipe, options.reduce_dtype), choice
+            return Zero1(model, communicator, clock, recipe, options.reduce_dtype, compiled=fast.compiled, graphs=fast.cuda_graphs), choice
+        stage = int(options.shard[-1])
+        return FullySharded(model, communicator, clock, recipe, options.reduce_dtype, stage=stage, compiled=fast.compiled), choice
+    return Replicated(model, communicator, clock, recipe, options.reduce_dtype, compiled=fast.compiled, graphs=fast.cuda_graphs), choice
 
 
 def start_facts(options: Options, config: modeling.BertConfig, data: str, vocab_sha256: str) -> dict[str, str]:

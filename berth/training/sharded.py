@@ -26,7 +26,8 @@ without another collective); FSDP's own ``reduce_dtype`` (micro-batches would be
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import modeling
 import optimization
+from berth.training.compiled import compile_model, effective
 from berth.training.distributed import Communicator
 from berth.training.metrics import StepClock
 from berth.training.parallel import WIRES, Native, Recipe, Replicated
@@ -115,17 +117,28 @@ class Zero1(Replicated):
 class FullySharded(Native):
     """Every rank holds some rows of each parameter, of its gradient and of its optimizer state.
 
-    Arguments as :class:`berth.training.parallel.Replicated`, for two ranks or more, and ``stage``: 2 keeps parameters whole from the first
-    forward to the last backward pass of a step, 3 has them whole a layer at a time (embeddings and heads stay whole between forward and
-    backward, which would gather them again at once).
+    Arguments as :class:`berth.training.parallel.Replicated` (but no ``graphs``), for two ranks or more, and ``stage``: 2 keeps parameters
+    whole from the first forward to the last backward pass of a step, 3 has them whole a layer at a time (embeddings and heads stay whole
+    between forward and backward, which would gather them again at once).
     """
 
     def __init__(
-        self, model: nn.Module, communicator: Communicator, clock: StepClock, recipe: Recipe, wire: str = "fp32", *, stage: int = 3
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        communicator: Communicator,
+        clock: StepClock,
+        recipe: Recipe,
+        wire: str = "fp32",
+        *,
+        stage: int = 3,
+        compiled: str = "off",
+        compile_options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__(communicator, clock)
         self.plain = self.module = model
         self.stage = stage
+        self.compiled = effective(compiled, communicator.world_size)
+        compile_model(model, self.compiled, **compile_options)  # first: what is gathered before a layer runs stays outside of its graph
         self._mesh = init_device_mesh(communicator.device.type, (communicator.world_size,))
         shapes = [parameter.shape for parameter in model.parameters()]
         for layer in [module for module in model.modules() if isinstance(module, modeling.BertLayer)]:

@@ -120,7 +120,8 @@ class ShardedLamb(optimization.Lamb):
         for parameter, gradient in single:
             first, second = self._moments(parameter)
             weight = parameter.to(first.dtype)
-            pieces.append(_Piece(parameter, weight, optimization.direction(rule, weight, gradient, first, second, divisor)))
+            fused = self._fuses(rule, parameter, gradient, first, second)
+            pieces.append(_Piece(parameter, weight, optimization.direction(rule, weight, gradient, first, second, divisor, fused)))
         for chunk in optimization.chunks(batched):
             parameters = [parameter for parameter, _ in chunk]
             firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))

@@ -2,6 +2,10 @@
 
 The loss is the sum over the rank's micro-batches divided by counts of the *global* batch, so the gradient is that of the mean
 over the global batch however the batch is cut. Reduction averages over ranks, hence the factor ``world_size``.
+
+What changes from step to step (counts, loss scale, sums) lies in tensors that live as long as the step does and are refilled: a compiled
+model is not compiled again for them, and a captured CUDA graph reads the new values. Nothing in a step waits for a GPU but the one look at
+the gradient norm. Rejected: numbers handed to the model (each new count would be a new graph).
 """
 
 from __future__ import annotations
@@ -13,9 +17,12 @@ from typing import Any, Protocol
 import torch
 
 from berth.training.batches import MicroBatch, StepBatch
+from berth.training.compiled import compiling
+from berth.training.graphs import Graphs
 from berth.training.metrics import StepClock
 from berth.training.parallel import Parallel
 from berth.training.precision import Precision
+from berth.training.transfer import prefetched
 
 
 class Schedule(Protocol):
@@ -36,6 +43,22 @@ class LossSums:
     def zeros(cls, device: torch.device) -> LossSums:
         """Nothing yet."""
         return cls(*(torch.zeros((), device=device) for _ in range(3)))
+
+    def clear(self) -> None:
+        """Nothing again, in the same memory."""
+        torch._foreach_zero_([self.mlm, self.nsp, self.correct])
+
+
+class _Factors:
+    """What a loss is divided and multiplied by, float32 0-dim on the device: exact for counts up to 2^24, and for powers of two."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.masked, self.sequences, self.scale = (torch.ones((), device=device) for _ in range(3))
+
+    def fill(self, masked: int, sequences: int, scale: float) -> None:
+        self.masked.fill_(max(masked, 1))
+        self.sequences.fill_(sequences)
+        self.scale.fill_(scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +83,8 @@ class TrainingStep:
         clip_norm: gradients are scaled to this global norm before the update; 0 = off.
         clock: learns which part of a step time goes to.
         progress: called before every micro-batch with its number (from 1) and how many there are.
+        graphs: captures and replays the passes whose gradients stay on this rank; needs a ``parallel`` made with ``graphs=True``.
+        ahead: micro-batches copied to a GPU while the one before them is computed; 0 = none.
     """
 
     def __init__(
@@ -71,10 +96,14 @@ class TrainingStep:
         *,
         clip_norm: float = 1.0,
         progress: Callable[[int, int], None] = lambda number, of: None,
+        graphs: Graphs | None = None,
+        ahead: int = 1,
     ) -> None:
         self.parallel, self.schedule, self.precision = parallel, schedule, precision
         self.clock, self.clip_norm, self.progress = clock, clip_norm, progress
+        self.graphs, self.ahead = graphs, ahead
         self.device, self.world_size = parallel.communicator.device, parallel.communicator.world_size
+        self._losses, self._factors = LossSums.zeros(self.device), _Factors(self.device)
         self._settled = False
 
     def __call__(self, batch: StepBatch, step: int, masked: int, sequences: int) -> StepResult:
@@ -83,72 +112,87 @@ class TrainingStep:
         ``masked`` and ``sequences`` count the masked tokens and sequences of the global batch.
         """
         self.parallel.module.train()
-        self._settle(batch.micro_batches[0], masked, sequences)
-        losses = LossSums.zeros(self.device)
-        count = len(batch.micro_batches)
-        for number, micro in enumerate(batch.micro_batches, 1):
+        self._factors.fill(masked, sequences, self.precision.scaler.scale * self.world_size)
+        self._settle(batch.micro_batches[0])
+        losses, count = self._losses, len(batch.micro_batches)
+        losses.clear()
+        for number, micro in enumerate(prefetched(batch.micro_batches, self.device, self.ahead), 1):
             self.progress(number, count)
-            with self.parallel.micro_batch(number == count):
-                self._forward_backward(micro.to(self.device), losses, masked, sequences)
+            self._micro_batch(micro, last=number == count)
         self.clock.enter("optimizer")
         rate = self.schedule.apply(self.parallel.optimizer, step)
         scaler = self.precision.scaler
         update = self.parallel.update(scaler.scale, self.clip_norm)
         scaler.update(overflow=not update.finite)
         self.clock.enter("other")
-        return StepResult(losses.mlm, losses.nsp, losses.correct, update.norm, rate, not update.finite, update.nonfinite)
+        return StepResult(
+            losses.mlm.clone(), losses.nsp.clone(), losses.correct.clone(), update.norm, rate, not update.finite, update.nonfinite
+        )
 
-    def _settle(self, micro: MicroBatch, masked: int, sequences: int) -> None:
+    def _settle(self, micro: MicroBatch) -> None:
         if self._settled:
             return
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices):
-            there = micro.to(self.device)
-            self.parallel.settle(lambda: self._forward_backward(there, LossSums.zeros(self.device), masked, sequences))
+            self.parallel.settle(lambda: self._forward_backward(micro.to(self.device)))
         self._settled = True
 
-    def _forward_backward(self, micro: MicroBatch, losses: LossSums, masked: int, sequences: int) -> None:
-        self.clock.enter("forward")
-        with self.precision.autocast():
-            output = self.parallel.module(
-                input_ids=micro.input_ids,
-                attention_mask=micro.attention_mask,
-                token_type_ids=micro.token_type_ids,
-                labels=micro.labels,
-                masked_index=micro.masked_index,
-                mlm_denominator=max(masked, 1),
-                **self._nsp_arguments(micro, sequences),
-            )
-        self._account(output, micro, losses)
-        self.clock.enter("backward")
-        self.parallel.backward(output.loss * (self.precision.scaler.scale * self.world_size))
+    def _micro_batch(self, micro: MicroBatch, last: bool) -> None:
+        if self.graphs is not None and (self.world_size == 1 or not last):
+            self.clock.enter("forward")  # a graph is forward and backward in one
+            with self.parallel.unreduced(), self.clock.silent():
+                self.graphs.run(micro, self._forward_backward)
+        else:
+            with self.parallel.micro_batch(last):
+                self._forward_backward(micro)
 
-    def _account(self, output: Any, micro: MicroBatch, losses: LossSums) -> None:
-        losses.mlm += output.mlm_loss.detach()
-        losses.nsp += output.nsp_loss.detach()
-        losses.correct += count_correct(output.prediction_logits.detach(), micro)
+    def _forward_backward(self, micro: MicroBatch) -> None:
+        with compiling(self.parallel.compiled):
+            self.clock.enter("forward")
+            with self.precision.autocast():
+                output = self.parallel.module(**self._arguments(micro))
+            self._account(output, micro)
+            self.clock.enter("backward")
+            self.parallel.backward(output.loss * self._factors.scale)
 
-    def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
-        return {"next_sentence_label": micro.next_sentence_label, "nsp_denominator": sequences}
+    def _arguments(self, micro: MicroBatch) -> dict[str, Any]:
+        return {**micro.arguments(), "mlm_denominator": self._factors.masked, "nsp_denominator": self._factors.sequences}
+
+    def _account(self, output: Any, micro: MicroBatch) -> None:
+        self._losses.mlm += output.mlm_loss.detach()
+        self._losses.nsp += output.nsp_loss.detach()
+        self._count(output.mlm_correct, output.prediction_logits, micro)
+
+    def _count(self, correct: torch.Tensor | None, logits: torch.Tensor | None, micro: MicroBatch) -> None:
+        if correct is None:
+            assert logits is not None
+            correct = count_correct(logits.detach(), micro)
+        self._losses.correct += correct
 
 
 class MaskedLmTrainingStep(TrainingStep):
     """The step of ``--objective mlm``: the model has no next-sentence head."""
 
-    def _nsp_arguments(self, micro: MicroBatch, sequences: int) -> dict[str, Any]:
-        return {}
+    def _arguments(self, micro: MicroBatch) -> dict[str, Any]:
+        given = {name: value for name, value in micro.arguments().items() if name != "next_sentence_label"}
+        return {**given, "mlm_denominator": self._factors.masked}
 
-    def _account(self, output: Any, micro: MicroBatch, losses: LossSums) -> None:
-        losses.mlm += output.loss.detach()
-        losses.correct += count_correct(output.logits.detach(), micro)
+    def _account(self, output: Any, micro: MicroBatch) -> None:
+        self._losses.mlm += output.loss.detach()
+        self._count(output.mlm_correct, output.logits, micro)
 
 
 def count_correct(logits: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """How many masked tokens have the largest logit (0-dim). ``logits`` [M, V], or [B, S, V] of every position."""
+    """How many masked tokens have the largest logit (0-dim). ``logits`` [M, V], or [B, S, V] or [T, V] of every position.
+
+    A label below 0 (surplus entries of a packed micro-batch) is never right.
+    """
     if logits.dim() == 3:
-        logits = logits.flatten(0, 1)[micro.masked_index]
+        logits = logits.flatten(0, 1)
+    if logits.shape[0] != micro.masked_index.shape[0]:
+        logits = logits[micro.masked_index]
     labels = micro.labels.flatten()[micro.masked_index]
     if logits.device.type == "cpu":  # argmax reads at half the speed of amax there: only where the label may be it
-        likely = logits.gather(1, labels[:, None]).squeeze(1) >= logits.amax(1)
+        likely = logits.gather(1, labels[:, None].clamp(min=0)).squeeze(1) >= logits.amax(1)
         logits, labels = logits[likely], labels[likely]
     return (logits.argmax(1) == labels).sum()

@@ -126,12 +126,12 @@ def test_dry_run_shows_both_commands_and_makes_nothing(project):
 
 
 def test_mistakes_stop_it_before_anything_is_made(project):
-    code, out, err = finish(start(project, "wrong", "8", "6", "fp8", "--data_dir_phase1=gone", "--lr", "3"))
+    code, out, err = finish(start(project, "wrong", "8", "6", "fp4", "--data_dir_phase1=gone", "--lr", "3"))
     assert (code, out) == (2, "")
     first, *lines = err.splitlines()
     assert first == "error: several arguments are wrong:"
     begins = (
-        "unknown option --lr;", "argument 2, learning_rate '6'", "--data_dir_phase1 'phase1' was given before", "precision 'fp8' is not known;",
+        "unknown option --lr;", "argument 2, learning_rate '6'", "--data_dir_phase1 'phase1' was given before", "precision 'fp4' is not known;",
         f"data_dir_phase1 {project}/gone does not exist",
     )  # fmt: skip
     assert len(lines) == len(begins) and all(line.strip().startswith(begin) for line, begin in zip(lines, begins, strict=True))

@@ -70,3 +70,11 @@ def test_peaks_by_device_name(name, fp32, tf32, bf16, fp16):
     found = {precision: peak_flops(name, precision) for precision in ("fp32", "tf32", "bf16", "fp16")}
     wanted = {"fp32": fp32, "tf32": tf32, "bf16": bf16, "fp16": fp16}
     assert found == {precision: None if value is None else pytest.approx(value * 1e12) for precision, value in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "fp8"), [("NVIDIA H200", 1979.0), ("NVIDIA L40S", 724.0), ("NVIDIA A100-SXM4-80GB", None), ("NVIDIA A40", None)]
+)
+def test_fp8_is_twice_as_fast_where_there_is_any(name, fp8):
+    peak = peak_flops(name, "fp8")
+    assert peak == (None if fp8 is None else pytest.approx(fp8 * 1e12))

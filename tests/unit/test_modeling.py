@@ -7,6 +7,8 @@ import copy
 import dataclasses
 import json
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,11 +120,22 @@ def test_flops_count_what_torch_counts():
 
 def test_importing_modeling_needs_torch_and_the_standard_library_only():
     tree = ast.parse(Path(modeling.__file__).read_text(encoding="utf-8"))
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     tops = {name.partition(".")[0] for name in names}
     assert "torch" in tops
     assert tops - {"torch"} <= set(sys.stdlib_module_names)
+
+
+def test_a_copy_of_the_file_alone_trains_on_padded_batches(tmp_path):
+    shutil.copy(modeling.__file__, tmp_path / "modeling.py")
+    program = (
+        "import torch, modeling\n"
+        f"model = modeling.BertForPreTraining(modeling.BertConfig(**{SIZES!r}))\n"
+        "ids = torch.ones(2, 6, dtype=torch.long)\n"
+        "model(ids, ids, labels=ids, next_sentence_label=ids[:, 0]).loss.backward()\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{program}"], cwd=tmp_path, check=True)
 
 
 # ------------------------------------------------------------------------------------------------------- initialisation
@@ -276,6 +289,131 @@ def test_with_masked_index_a_step_is_one_graph():
     loss.backward()
     torch.testing.assert_close(loss, wanted)
     _assert_same(_gradients(model), gradients)
+
+
+# ---------------------------------------------------------------------------------------------------- packed batches
+
+
+def _packed(batch: dict[str, torch.Tensor], fillers: int = 0, surplus: int = 0) -> dict[str, object]:
+    """The real tokens of a padded batch end to end, then ``fillers`` tokens as sequences of one, and two empty sequences."""
+    lengths = batch["attention_mask"].sum(1)
+    real = batch["attention_mask"].bool()
+    ends = torch.cat([torch.zeros(1), lengths.cumsum(0), lengths.sum() + torch.arange(1, fillers + 1)])
+    bounds = torch.cat([ends, ends[-1:].expand(2)]).int()
+    places = torch.arange(real.shape[1]).expand(real.shape)
+    values = {"input_ids": batch["input_ids"], "token_type_ids": batch["token_type_ids"], "position_ids": places}
+    flat = {name: F.pad(value[real], (0, fillers)) for name, value in values.items()}
+    labels = F.pad(batch["labels"][real], (0, fillers), value=-100)
+    index = (labels != -100).nonzero().squeeze(1)
+    unlabelled = (labels == -100).nonzero()[0]
+    pairs = F.pad(batch["next_sentence_label"], (0, fillers + 2), value=-100)
+    return flat | {
+        "labels": labels,
+        "masked_index": torch.cat([index, unlabelled.expand(surplus)]),
+        "next_sentence_label": pairs,
+        "cu_seqlens": bounds,
+        "max_seqlen": real.shape[1],
+    }
+
+
+@pytest.mark.parametrize("cls", [BertForPreTraining, BertForMaskedLM])
+@pytest.mark.parametrize("fused_loss", [False, True])
+@pytest.mark.parametrize("fused_projections", [False, True])
+@pytest.mark.parametrize(("fillers", "surplus"), [(0, 0), (3, 5)])
+def test_a_packed_batch_equals_the_padded_one(cls, fused_loss, fused_projections, fillers, surplus):
+    """Losses, logits and gradients; filler tokens and surplus rows change nothing."""
+    batch = _batch()
+    if cls is BertForMaskedLM:
+        batch.pop("next_sentence_label")
+    padded = _model(cls)
+    wanted = padded(**batch)
+    wanted.loss.backward()
+    packed = _packed(batch | {"next_sentence_label": torch.zeros(BATCH).long()} | batch, fillers, surplus)
+    if cls is BertForMaskedLM:
+        packed.pop("next_sentence_label")
+    model = _model(cls)
+    model.fused_cross_entropy = fused_loss
+    model.set_fused_projections(fused_projections)
+    got = model(**packed)
+    got.loss.backward()
+    torch.testing.assert_close(got.loss, wanted.loss)
+    _assert_same(_gradients(model), _gradients(padded), atol=2e-6)
+    logits = wanted.prediction_logits if cls is BertForPreTraining else wanted.logits
+    count = (batch["labels"] != -100).sum()
+    if fused_loss:
+        assert got.mlm_correct == (logits.argmax(-1) == batch["labels"][batch["labels"] != -100]).sum()
+        assert (got.prediction_logits if cls is BertForPreTraining else got.logits) is None
+    else:
+        torch.testing.assert_close(
+            (got.prediction_logits if cls is BertForPreTraining else got.logits)[:count], logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_a_packed_batch_needs_no_masked_index_and_gives_whole_outputs():
+    batch = _batch()
+    packed = _packed(batch, fillers=2)
+    index = packed.pop("masked_index")
+    model = _model()
+    torch.testing.assert_close(model(**packed).loss, model(**packed, masked_index=index).loss)
+    hidden, pooled = model.bert(
+        *(packed[name] for name in ("input_ids",)),
+        **{name: packed[name] for name in ("token_type_ids", "position_ids", "cu_seqlens", "max_seqlen")},
+    )
+    full, first = model.bert(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(hidden[: int(real.sum())], full[real], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pooled[:BATCH], first, rtol=1e-5, atol=1e-5)
+
+
+def test_packed_batches_of_any_shape_are_one_graph():
+    """With every switch on, forward and backward of all sizes come from one trace: nothing is compiled again between steps."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = _model()
+    model.fused_cross_entropy = True
+    model.set_fused_projections()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for seed in range(5):
+        packed = _packed(_batch(seed=seed), fillers=seed + 1, surplus=9 - seed)
+        packed |= {"mlm_denominator": torch.tensor(20.0 + seed), "nsp_denominator": torch.tensor(6.0)}
+        model.zero_grad()
+        wanted = model(**packed).loss
+        wanted.backward()
+        gradients = _gradients(model)
+        model.zero_grad()
+        loss = compiled(**packed).loss
+        loss.backward()
+        torch.testing.assert_close(loss, wanted)
+        _assert_same(_gradients(model), gradients)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_activation_checkpointing_of_packed_batches_repeats_the_dropout():
+    batch = _packed(_batch(), fillers=2)
+    results = []
+    for enabled in (False, True):
+        model = _model(hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.3)
+        model.set_activation_checkpointing(enabled)
+        torch.manual_seed(5)
+        model(**batch).loss.backward()
+        results.append(_gradients(model))
+    _assert_same(*results)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": torch.ones(2, 3).long()}, "must be \\[tokens\\]"),
+        ({"position_ids": None}, "needs position_ids and max_seqlen"),
+        ({"max_seqlen": None}, "needs position_ids and max_seqlen"),
+        ({"attention_mask": torch.ones(5)}, "goes without attention_mask"),
+        ({"max_seqlen": 33}, "max_position_embeddings is 32"),
+    ],
+)
+def test_what_does_not_go_with_a_packed_batch_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        _model()(**(_packed(_batch()) | changes))
 
 
 def test_masked_index_without_labels_picks_positions_to_predict():

@@ -21,6 +21,7 @@ from optimization import (
     _cpu_norm,
     adamw,
     chunks,
+    fused_problem,
     make_schedule,
     parameter_groups,
     place_steps,
@@ -30,7 +31,11 @@ from optimization import (
 SHAPES = {"embedding": (40, 16), "dense": (16, 24), "zero": (8, 8), "still": (5, 3), "bias": (24,), "zero_bias": (6,)}
 DECAYED = ("embedding", "dense", "zero", "still")
 ALWAYS_ZERO_GRADIENT = ("still",)  # a decayed tensor that never receives a signal
-PATHS = [pytest.param(False, id="loop"), pytest.param(True, id="foreach")]
+PATHS = [
+    pytest.param({"fused": False}, id="loop"),
+    pytest.param({"foreach": True}, id="foreach"),
+    pytest.param({"fused": None}, id="fused"),
+]
 
 
 class ReferenceLamb:
@@ -102,7 +107,7 @@ def largest_error(parameters, reference):
 # --------------------------------------------------------------------------------------------------------------- LAMB
 
 
-@pytest.mark.parametrize("foreach", PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("size", [pytest.param(1.0, id="clipped"), pytest.param(1e-3, id="unclipped")])
 @pytest.mark.parametrize(
     "ours,theirs",
@@ -117,9 +122,9 @@ def largest_error(parameters, reference):
         pytest.param({"max_grad_norm": 0.3, "betas": (0.8, 0.95)}, {"limit": 0.3, "b1": 0.8, "b2": 0.95}, id="betas"),
     ],
 )
-def test_twenty_steps_equal_the_float64_reference(ours, theirs, size, foreach):
+def test_twenty_steps_equal_the_float64_reference(ours, theirs, size, path):
     weights = initial_weights()
-    parameters, optimizer = torch_lamb(weights, foreach=foreach, **ours)
+    parameters, optimizer = torch_lamb(weights, **path, **ours)
     reference = ReferenceLamb(weights, **theirs)
     for step in range(20):
         gradients = gradients_of_step(step, size)
@@ -132,10 +137,10 @@ def test_twenty_steps_equal_the_float64_reference(ours, theirs, size, foreach):
     assert all(group["step"] == 20 and type(group["step"]) is int for group in optimizer.param_groups)
 
 
-@pytest.mark.parametrize("foreach", PATHS)
-def test_float64_parameters_show_the_formula_exactly(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_float64_parameters_show_the_formula_exactly(path):
     weights = initial_weights()
-    parameters, optimizer = torch_lamb(weights, dtype=torch.float64, foreach=foreach)
+    parameters, optimizer = torch_lamb(weights, dtype=torch.float64, **path)
     reference = ReferenceLamb(weights)
     for step in range(20):
         gradients = gradients_of_step(step, 1.0)
@@ -145,10 +150,10 @@ def test_float64_parameters_show_the_formula_exactly(foreach):
     assert largest_error(parameters, reference) <= 1e-14
 
 
-@pytest.mark.parametrize("foreach", PATHS)
-def test_skipped_steps_change_nothing_and_scaled_gradients_are_unscaled(foreach):
+@pytest.mark.parametrize("path", PATHS)
+def test_skipped_steps_change_nothing_and_scaled_gradients_are_unscaled(path):
     weights = initial_weights()
-    parameters, optimizer = torch_lamb(weights, foreach=foreach)
+    parameters, optimizer = torch_lamb(weights, **path)
     reference = ReferenceLamb(weights)
     for step in range(20):
         gradients = gradients_of_step(step, 1.0)
@@ -180,13 +185,148 @@ def _flat_equal(left, right):
 
 def test_both_paths_agree_bitwise_on_a_cpu():
     results = []
-    for foreach in (False, True):
-        parameters, optimizer = torch_lamb(initial_weights(), foreach=foreach)
+    for path in ({"fused": False}, {"foreach": True}):
+        parameters, optimizer = torch_lamb(initial_weights(), **path)
         for step in range(5):
             set_gradients(parameters, gradients_of_step(step, 1.0))
             optimizer.step()
         results.append(parameters)
     assert all(torch.equal(results[0][name], results[1][name]) for name in SHAPES)
+
+
+# ------------------------------------------------------------------------------------------------- the fused CPU kernel
+
+ODD_SIZES = (0, 1, 511, 512, 513, 1024, 2047, 2048, 2049, 5003)
+
+
+def odd_lamb(seed=0, dtype=torch.float32, **options):
+    """A decayed and a plain tensor of each of ODD_SIZES, random."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [
+        {"params": [nn.Parameter(torch.randn(n, generator=generator).to(dtype)) for n in ODD_SIZES], "weight_decay": decay}
+        for decay in (0.01, 0.0)
+    ]
+    return Lamb(groups, **{"lr": 0.02, **options})
+
+
+def tensors_of(optimizer):
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def odd_steps(optimizer, steps=range(4)):
+    """Gradients whose norm is below the limit of 1 in every second step."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(50 + step)
+        for parameter in tensors_of(optimizer):
+            gradient = torch.randn(parameter.shape, generator=generator) * (1.0 if step % 2 else 1e-3)
+            parameter.grad = gradient.to(parameter.dtype)
+        optimizer.step()
+    return optimizer
+
+
+def worst_difference(left, right):
+    pairs = [(p.detach(), q.detach()) for p, q in zip(tensors_of(left), tensors_of(right), strict=True)]
+    pairs += [
+        (left.state[p][key], right.state[q][key])
+        for p, q in zip(tensors_of(left), tensors_of(right), strict=True)
+        for key in ("exp_avg", "exp_avg_sq")
+    ]
+    return max(float((a.double() - b.double()).abs().max()) for a, b in pairs if a.numel())
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks a tensor, so that the seams between them are tested."""
+    monkeypatch.setattr("optimization._BLOCK_ELEMENTS", 1024)
+    monkeypatch.setattr("optimization._BLOCK_ELEMENTS_PER_THREAD", 512)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_nvlamb": True}, {"adam_w_mode": False}, {"bias_correction": False}, {"max_grad_norm": 0}])
+def test_fused_blocks_of_odd_sizes_equal_float64(options, small_blocks):
+    """Parameters and moments, empty and one-element tensors included; gradients stay bitwise what they were."""
+    fused, exact = odd_lamb(fused=True, **options), odd_lamb(dtype=torch.float64, **options)
+    for step in range(5):
+        odd_steps(fused, [step])
+        kept = [p.grad.clone() for p in tensors_of(fused)]
+        odd_steps(exact, [step])
+        assert all(torch.equal(p.grad, g) for p, g in zip(tensors_of(fused), kept, strict=True))
+    assert worst_difference(fused, exact) <= 2e-6
+
+
+def test_fused_results_do_not_depend_on_blocks_or_threads(monkeypatch):
+    """Bitwise: a resumed run may have another number of cores, and a block is only what fits the cache."""
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count, elements in ((1, 512), (2, 512), (2, 4096), (3, 1 << 18)):
+            monkeypatch.setattr("optimization._BLOCK_ELEMENTS", elements)
+            monkeypatch.setattr("optimization._BLOCK_ELEMENTS_PER_THREAD", 512)
+            torch.set_num_threads(count)
+            results.append(odd_steps(odd_lamb(fused=True)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(worst_difference(results[0], other) == 0.0 for other in results[1:])
+
+
+def test_a_known_tensor_takes_the_fused_kernel_and_others_the_loop(monkeypatch):
+    """float32 on a CPU is fused by default; other types, transposed tensors and grad_averaging=False are the loop's, to the bit."""
+    calls = []
+    kernel = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **options: calls.append(1) or kernel(*args, **options))
+    odd_steps(odd_lamb())
+    assert calls
+    for dtype, options in ((torch.float64, {}), (torch.bfloat16, {}), (torch.float32, {"grad_averaging": False})):
+        calls.clear()
+        auto, loop = (odd_steps(odd_lamb(dtype=dtype, fused=fused, **options)) for fused in (None, False))
+        assert not calls and worst_difference(auto, loop) == 0.0
+        with pytest.raises(RuntimeError, match=r"Lamb\(fused=True\) needs .*; fused=None takes the plain loop"):
+            odd_steps(odd_lamb(dtype=dtype, fused=True, **options))
+    weight = nn.Parameter(torch.randn(6, 4).t())
+    weight.grad = torch.ones(4, 6)
+    Lamb([weight]).step()
+    assert not calls
+    with pytest.raises(ValueError, match="at most one of them"):
+        Lamb([weight], foreach=True, fused=True)
+
+
+@pytest.mark.parametrize(
+    "broken,words",
+    [
+        (None, "does not have"),
+        (lambda *args, **options: None, "differs from the formula by"),
+        (lambda tensors: None, "here it fails: "),
+    ],
+    ids=["absent", "wrong", "other-arguments"],
+)
+def test_a_torch_whose_kernel_is_absent_or_wrong_takes_the_loop(monkeypatch, broken, words):
+    if broken is None:
+        monkeypatch.delattr(torch, "_fused_adamw_")
+    else:
+        monkeypatch.setattr(torch, "_fused_adamw_", broken)
+    fused_problem.cache_clear()
+    try:
+        assert words in fused_problem()
+        assert worst_difference(odd_steps(odd_lamb()), odd_steps(odd_lamb(fused=False))) == 0.0
+    finally:
+        monkeypatch.undo()
+        fused_problem.cache_clear()
+    assert fused_problem() is None
+
+
+def test_a_fused_run_resumes_bitwise():
+    """Through a saved state and through a copy of an optimizer that holds scratch memory."""
+    straight = odd_steps(odd_lamb(fused=True), range(6))
+    first = odd_steps(odd_lamb(fused=True), range(3))
+    second = odd_lamb(seed=1)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for target, source in zip(tensors_of(second), tensors_of(first), strict=True):
+        target.data.copy_(source.data)
+    third = copy.deepcopy(first)
+    assert third.fused is True and third._scratch is None
+    for resumed in (second, third):
+        assert worst_difference(odd_steps(resumed, range(3, 6)), straight) == 0.0
+
+
+# -------------------------------------------------------------------------------------------------- what step() promises
 
 
 def test_the_clip_is_strict_and_uses_all_groups():
@@ -213,9 +353,9 @@ def test_a_known_norm_replaces_the_computed_one():
     assert float(optimizer.state[parameters["bias"]]["exp_avg"][0]) == pytest.approx(0.1 * 0.1 / 10)
 
 
-@pytest.mark.parametrize("foreach", PATHS)
-def test_parameters_without_a_gradient_are_skipped(foreach):
-    parameters, optimizer = torch_lamb(initial_weights(), foreach=foreach)
+@pytest.mark.parametrize("path", PATHS)
+def test_parameters_without_a_gradient_are_skipped(path):
+    parameters, optimizer = torch_lamb(initial_weights(), **path)
     before = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer.step()
     assert optimizer.grad_norm is None and optimizer.param_groups[0]["step"] == 0
@@ -246,11 +386,11 @@ def test_sparse_gradients_are_refused_by_name():
         optimizer.step()
 
 
-@pytest.mark.parametrize("foreach", PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_parameters_are_computed_in_float32(dtype, foreach):
+def test_half_precision_parameters_are_computed_in_float32(dtype, path):
     weights = {name: torch.tensor(value).to(dtype).float().numpy() for name, value in initial_weights().items()}
-    parameters, optimizer = torch_lamb(weights, dtype=dtype, foreach=foreach)
+    parameters, optimizer = torch_lamb(weights, dtype=dtype, **path)
     reference = ReferenceLamb(weights)
     gradients = {n: torch.tensor(g).to(dtype).float().numpy() for n, g in gradients_of_step(1, 1.0).items()}
     set_gradients(parameters, gradients)

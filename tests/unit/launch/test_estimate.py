@@ -74,6 +74,7 @@ def test_32_bits_double_activations_and_checkpointing_saves_most() -> None:
     half, full = memory_gb(LARGE, LAMB[1], 64, "bf16"), memory_gb(LARGE, LAMB[1], 64, "tf32")
     assert full.activations_gb == pytest.approx(2 * half.activations_gb)
     assert full.parameters_gb == pytest.approx(half.parameters_gb * 16 / 18)
+    assert memory_gb(LARGE, LAMB[1], 64, "fp8") == half
     saved = memory_gb(LARGE, LAMB[1], 64, "bf16", checkpoint_activations=True)
     # one layer whole, and two bytes a token and hidden unit for the input of each
     assert saved.activations_gb == pytest.approx(half.activations_gb / 24 + 24 * 2 * 64 * 128 * 1024 / 1e9)

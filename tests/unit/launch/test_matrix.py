@@ -182,6 +182,8 @@ def test_select(matrix: Matrix) -> None:
     [
         (("dgx1-16g", 4, 2), "dgx1-16g_4x8x4x256_fp16", None),
         (("dgx-h100", 2, 1), "dgx-h100_2x8x256x16_bf16", None),
+        (("dgx-h100", 2, 1, "fp8"), "dgx-h100_2x8x256x16_fp8", "derived from dgx-h100_2x8x256x16_bf16"),
+        (("dgx-h200", 1, 2, "fp8"), "dgx-h200_1x8x64x64_fp8", "derived from dgx-h200_1x8x64x64_bf16"),
         (("dgx-a100-80g", 2, 1, "bf16"), "dgx-a100-80g_2x8x256x16_bf16", "derived from dgx-a100-80g_2x8x256x16_fp16"),
         (("dgx-a100-80g", 1, 1, "bf16"), "dgx-a100-80g_1x8x256x32_bf16", "derived from dgx-a100-80g_1x8x256x32_fp16"),
         (("dgx2", 2, 2), "dgx2_2x16x8x128_fp16", "derived from dgx2_1x16x8x256_fp16"),
@@ -215,6 +217,7 @@ def test_the_default_of_an_allocation(matrix: Matrix, question: tuple, name: str
         ),
         (("dgx-9000", 1, 1), "platform 'dgx-9000' is not known"),
         (("dgx1-16g", 1, 1, "bf16"), "dgx1-16g has no precision 'bf16'; valid: fp16, fp32"),
+        (("dgx-a100-80g", 1, 1, "fp8"), "dgx-a100-80g has no precision 'fp8'; valid: fp16, bf16, tf32, fp32"),
     ],
 )
 def test_no_default_is_ever_guessed(matrix: Matrix, question: tuple, message: str) -> None:

@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from berth.launch.matrix import SLURM, load_matrix
-from berth.launch.recipes import OPTIMIZERS, OPTIONS, PRECISIONS, SCHEDULES, PhaseRecipe, read_platforms, read_recipes
+from berth.launch.recipes import OPTIMIZERS, OPTIONS, PRECISIONS, SCHEDULES, PhaseRecipe, read_options, read_platforms, read_recipes
 
 PHASE = {
     "max_seq_length": 128, "max_predictions_per_seq": 20, "max_steps": 10, "global_batch": 64, "learning_rate": 1e-2,
@@ -144,7 +145,17 @@ def test_every_mistake_of_a_platform_is_named() -> None:
     assert problems == [
         "c.yml: platform x: ranks_per_node must be at least 1, not 0",
         "c.yml: platform x: device 'gpu' is not known; did you mean cpu? valid: cuda, cpu",
-        "c.yml: platform x: precisions must name at least one of fp16, bf16, tf32, fp32",
+        "c.yml: platform x: precisions must name at least one of fp16, bf16, fp8, tf32, fp32",
         "c.yml: platform x: unknown key 'gpus'; did you mean gpu? valid: title, ranks_per_node, device, gpu, gpu_memory_gb, cpus_per_node, "
         "memory_gb, precisions, published_as",
     ]
+
+
+def test_on_and_off_without_quotes_are_words():
+    """YAML reads them as true and false; a switch that is off must not become one that is not mentioned."""
+    values = yaml.safe_load("{compile: off, unpad: on, fused_loss: 'off', cuda_graphs: true, no_copy_ahead: false}")
+    problems: list[str] = []
+    assert read_options(values, "row", problems) == {
+        "compile": "off", "unpad": "on", "fused_loss": "off", "cuda_graphs": True, "no_copy_ahead": False,
+    }  # fmt: skip
+    assert not problems

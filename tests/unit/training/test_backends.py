@@ -1,4 +1,4 @@
-"""apex where its kernels work, else berth: the decision, and the same LAMB and layer norm from a stand-in of apex's classes.
+"""Triton, apex or torch, whatever works: the decision, and the same LAMB and layer norm from a stand-in of apex's classes.
 
 The stand-ins follow what apex documents: FusedLAMB keeps numbers and always updates, FusedMixedPrecisionLamb keeps rate and count in
 tensors, unscales by itself and stands still on an overflow; both hand lists of tensors to a kernel that overwrites the gradients. They
@@ -175,16 +175,66 @@ def apex(monkeypatch):
 
 
 def test_probe_without_apex_says_what_is_missing(monkeypatch):
-    for name in ("amp_C", "fused_layer_norm_cuda"):
+    for name in ("amp_C", "fused_layer_norm_cuda", "triton"):
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
     found = probe(CPU)
-    assert (found.fused_lamb, found.mixed_lamb, found.layer_norm) == (None, None, None)
-    assert [line.split(":")[0] for line in found.problems] == ["FusedLAMB", "FusedMixedPrecisionLamb", "FusedLayerNorm"]
+    assert (found.fused_lamb, found.mixed_lamb, found.layer_norm, found.triton_lamb) == (None, None, None, None)
+    assert [line.split(":")[0] for line in found.problems] == ["FusedLAMB", "FusedMixedPrecisionLamb", "FusedLayerNorm", "TritonLamb"]
     assert all("amp_C" in line for line in found.problems[:2]) and "fused_layer_norm_cuda" in found.problems[2]
+    assert "triton" in found.problems[3]
+
+
+APEX_PARTS = (("fused_lamb",), ("mixed_lamb",), ("layer_norm",))
 
 
 def test_probe_finds_working_kernels(apex):
-    assert probe(CPU) == Backends(FusedLAMB, FusedMixedPrecisionLamb, FusedLayerNorm)
+    assert probe(CPU, APEX_PARTS) == Backends(FusedLAMB, FusedMixedPrecisionLamb, FusedLayerNorm)
+
+
+def test_probe_stops_at_the_first_that_works(apex, monkeypatch):
+    """Of alternatives; what failed before it is told."""
+    assert probe(CPU, (("mixed_lamb", "fused_lamb"), ())) == Backends(mixed_lamb=FusedMixedPrecisionLamb)
+    monkeypatch.delattr(sys.modules["amp_C"], "multi_tensor_lamb_mp")
+    problem = "FusedMixedPrecisionLamb: amp_C is without multi_tensor_lamb_mp"
+    assert probe(CPU, (("mixed_lamb", "fused_lamb"),)) == Backends(FusedLAMB, problems=(problem,))
+
+
+class PlainTriton(optimization.Lamb):
+    """Stands for TritonLamb: berth's update, and the guard."""
+
+    def step(self, closure=None, **options):
+        if math.isfinite(float(options.get("grad_norm", 0.0))):
+            super().step(closure, **options)
+
+
+class CrookedTriton(PlainTriton):
+    def _update(self, number, rule, pairs, divisor):
+        super()._update(number, rule, pairs, divisor * 1.01)
+
+
+class FailingTriton(PlainTriton):
+    def step(self, closure=None, **options):
+        raise type("CompilationError", (Exception,), {})("no such architecture\nand more")
+
+
+@pytest.mark.parametrize(
+    "kind,problem",
+    [
+        (PlainTriton, None),
+        (CrookedTriton, "TritonLamb: its result on this device differs from torch's by"),
+        (optimization.Lamb, "TritonLamb: it changed tensors on this device though the gradient norm was infinite"),
+        (FailingTriton, "TritonLamb: no such architecture"),
+    ],
+)
+def test_triton_kernels_are_tried_too(monkeypatch, kind, problem):
+    """Numbers, guard, and errors of any class."""
+    for name, contents in (("triton", {"jit": None}), ("berth.kernels.lamb", {"TritonLamb": kind})):
+        module = types.ModuleType(name)
+        module.__dict__.update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+    found = probe(CPU, (("triton_lamb",),))
+    assert found.triton_lamb is (kind if problem is None else None)
+    assert found.problems == () if problem is None else found.problems[0].startswith(problem)
 
 
 def test_probe_does_not_trust_an_import(apex, monkeypatch):
@@ -215,6 +265,8 @@ def test_probe_of_an_apex_installed_without_kernels(apex, monkeypatch):
 
 
 ALL = Backends(FusedLAMB, FusedMixedPrecisionLamb, FusedLayerNorm)
+WITH_TRITON = Backends(FusedLAMB, FusedMixedPrecisionLamb, FusedLayerNorm, PlainTriton)
+ONLY_TRITON = Backends(triton_lamb=PlainTriton, problems=("FusedLayerNorm: No module named 'fused_layer_norm_cuda'",))
 NONE = Backends(problems=("FusedLAMB: No module named 'amp_C'",))
 RUN = {"device": CUDA, "optimizer": "lamb", "sharding": "none", "precision": "bf16"}
 
@@ -224,6 +276,18 @@ RUN = {"device": CUDA, "optimizer": "lamb", "sharding": "none", "precision": "bf
     [
         ("auto", ALL, {}, "FusedLAMB+FusedLayerNorm"),
         ("apex", ALL, {}, "FusedLAMB+FusedLayerNorm"),
+        ("auto", WITH_TRITON, {}, "PlainTriton+FusedLayerNorm"),
+        ("auto", WITH_TRITON, {"precision": "fp16"}, "PlainTriton+FusedLayerNorm"),
+        ("auto", WITH_TRITON, {"compiled": True}, "PlainTriton"),
+        ("auto", ONLY_TRITON, {}, "PlainTriton"),
+        ("auto", ALL, {"compiled": True}, "FusedLAMB"),
+        ("auto", ALL, {"compiled": True, "optimizer": "adamw"}, "berth"),
+        ("auto", WITH_TRITON, {"sharding": "zero2"}, "berth"),
+        ("auto", WITH_TRITON, {"device": CPU}, "berth"),
+        ("triton", WITH_TRITON, {}, "PlainTriton"),
+        ("apex", WITH_TRITON, {}, "FusedLAMB+FusedLayerNorm"),
+        ("apex", WITH_TRITON, {"compiled": True, "precision": "fp16"}, "FusedMixedPrecisionLamb"),
+        ("berth", WITH_TRITON, {}, "berth"),
         ("auto", ALL, {"precision": "fp16"}, "FusedMixedPrecisionLamb+FusedLayerNorm"),
         ("auto", Backends(FusedLAMB, None, None), {"precision": "fp16"}, "FusedLAMB"),
         ("auto", Backends(None, FusedMixedPrecisionLamb, None), {}, "FusedMixedPrecisionLamb"),
@@ -238,33 +302,76 @@ RUN = {"device": CUDA, "optimizer": "lamb", "sharding": "none", "precision": "bf
 def test_choice(requested, found, changes, name):
     choice = choose(requested, found=found, **{**RUN, **changes})
     assert choice.name == name
-    assert choice.reason.startswith("apex: " + name if name != "berth" else ("apex is not used", "berth's"))
+    assert choice.reason.startswith("kernels: " + name if name != "berth" else ("berth's LAMB (", "torch's optimizer"))
 
 
 def test_the_reason_tells_what_is_missing():
     assert "No module named 'amp_C'" in choose("auto", found=NONE, **RUN).reason
     assert "zero2" in choose("auto", found=ALL, **{**RUN, "sharding": "zero2"}).reason
+    assert "batched kernels" in choose("berth", **RUN).reason
+    assert "fused Adam kernel" in choose("auto", **{**RUN, "device": CPU}).reason
+
+
+def test_the_reason_tells_why_a_cpu_takes_the_loop(monkeypatch):
+    monkeypatch.setattr(optimization, "fused_problem", lambda: "needs another torch")
+    reason = choose("auto", **{**RUN, "device": CPU}).reason
+    assert reason.startswith("berth's LAMB (a loop over tensors: the fast path needs another torch)")
+
+
+NO_TRITON = Backends(problems=("TritonLamb: 0 active drivers",))
 
 
 @pytest.mark.parametrize(
-    ("found", "changes", "words"),
+    ("requested", "found", "changes", "words"),
     [
-        (NONE, {}, ["No module named 'amp_C'", "NGC", "--optimizer_backend auto"]),
-        (ALL, {"device": CPU}, ["CUDA device", "cpu"]),
-        (ALL, {"sharding": "zero1"}, ["zero1", "norm of the piece"]),
-        (ALL, {"optimizer": "adamw"}, ["adamw", "LAMB only"]),
+        ("apex", NONE, {}, ["No module named 'amp_C'", "NGC", "--optimizer_backend auto"]),
+        ("apex", ONLY_TRITON, {}, ["its LAMB does not work here"]),
+        ("triton", NO_TRITON, {}, ["0 active drivers", "C compiler", "--optimizer_backend auto"]),
+        ("triton", ALL, {}, ["its LAMB does not work here"]),
+        *[
+            (requested, WITH_TRITON, *case)
+            for requested in ("apex", "triton")
+            for case in (
+                ({"device": CPU}, ["CUDA device", "cpu"]),
+                ({"sharding": "zero1"}, ["zero1", "norm of the piece"]),
+                ({"optimizer": "adamw"}, ["adamw", "LAMB only"]),
+            )
+        ],
     ],
 )
-def test_apex_that_cannot_serve_is_an_error_when_forced(found, changes, words):
+def test_what_cannot_serve_is_an_error_when_forced(requested, found, changes, words):
     with pytest.raises(ConfigError) as caught:
-        choose("apex", found=found, **{**RUN, **changes})
-    assert str(caught.value).startswith("--optimizer_backend apex: ") and all(word in str(caught.value) for word in words)
+        choose(requested, found=found, **{**RUN, **changes})
+    assert str(caught.value).startswith(f"--optimizer_backend {requested}: ") and all(word in str(caught.value) for word in words)
 
 
 def test_nothing_is_probed_where_it_cannot_be_used(monkeypatch):
-    monkeypatch.setattr("berth.training.backends.probe", lambda device: pytest.fail("probed"))
+    monkeypatch.setattr("berth.training.backends.probe", lambda *arguments: pytest.fail("probed"))
     for requested, changes in (("berth", {}), ("auto", {"device": CPU}), ("auto", {"sharding": "zero3"})):
         assert choose(requested, **{**RUN, **changes}).lamb is None
+
+
+@pytest.mark.parametrize(
+    ("requested", "changes", "wanted"),
+    [
+        ("auto", {}, (("triton_lamb", "fused_lamb", "mixed_lamb"), ("layer_norm",))),
+        ("auto", {"compiled": True, "precision": "fp16"}, (("triton_lamb", "mixed_lamb", "fused_lamb"), ())),
+        ("auto", {"optimizer": "adamw"}, ((), ("layer_norm",))),
+        ("apex", {}, (("fused_lamb", "mixed_lamb"), ("layer_norm",))),
+        ("triton", {}, (("triton_lamb",), ())),
+    ],
+)
+def test_only_what_can_be_chosen_is_probed(monkeypatch, requested, changes, wanted):
+    """A probe compiles and launches kernels: seconds, and words in the log."""
+    asked = []
+    monkeypatch.setattr("berth.training.backends.probe", lambda device, parts: asked.append(parts) or WITH_TRITON)
+    choose(requested, **{**RUN, **changes})
+    assert asked == [wanted]
+
+
+def test_triton_lamb_is_made_as_it_is():
+    made = make_lamb(Choice(PlainTriton, None, ""), make_groups(), lr=0.5, max_grad_norm=2.0)
+    assert type(made) is PlainTriton and made.max_grad_norm == 2.0 and made.param_groups[0]["lr"] == 0.5
 
 
 # -- LAMB --------------------------------------------------------------------------------------------------------------------

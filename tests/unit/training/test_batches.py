@@ -1,5 +1,6 @@
 """Cutting the stream into micro-batches: labels, padding, and the same samples however it is cut."""
 
+import dataclasses
 import itertools
 import zlib
 
@@ -9,7 +10,7 @@ import torch
 
 from berth.errors import DataError
 from berth.records.reader import SampleStream, open_index
-from berth.training.batches import BatchPlan, combined_crc, step_batches, to_micro_batch
+from berth.training.batches import GRANULES, BatchPlan, combined_crc, step_batches, to_micro_batch, to_packed
 from tests.support import SEQ_LENGTH, VOCAB_SIZE, make_project, write_records
 from tests.unit.records.test_layouts import arrays, bins, pack
 
@@ -119,6 +120,98 @@ def test_a_masked_position_in_the_padding_is_refused(stream):
     short.masked_lm_positions[0, 0] = SEQ_LENGTH - 1
     with pytest.raises(DataError, match="masked position lies behind"):
         to_micro_batch(short)
+
+
+def _sequences(batch) -> list[tuple]:
+    """(ids, types, labels, pair label) of every sequence of a packed micro-batch that is no filler."""
+    bounds = batch.cu_seqlens.tolist()
+    found = []
+    for number, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if batch.next_sentence_label[number] != -100:
+            assert batch.position_ids[start:end].tolist() == list(range(end - start))
+            parts = (batch.input_ids, batch.token_type_ids, batch.labels)
+            found.append((*(tuple(part[start:end].tolist()) for part in parts), int(batch.next_sentence_label[number])))
+    return found
+
+
+def _sequences_of(rows) -> list[tuple]:
+    """The same from rows, one by one."""
+    found = []
+    for row, length in enumerate(rows.lengths()):
+        labels = [-100] * length
+        for position, token in zip(rows.masked_lm_positions[row], rows.masked_lm_ids[row], strict=True):
+            if position:
+                labels[position] = int(token)
+        parts = (rows.input_ids[row, :length], rows.segment_ids[row, :length])
+        found.append((*(tuple(part.tolist()) for part in parts), tuple(labels), int(rows.next_sentence_labels[row])))
+    return found
+
+
+@pytest.mark.parametrize("few_shapes", [False, True])
+@pytest.mark.parametrize("count", [1, 7, 40])
+def test_packed_sequences_are_those_of_the_rows(stream, count, few_shapes):
+    rows = stream.rows(0, count)
+    batch = to_packed(rows, max_seqlen=SEQ_LENGTH, few_shapes=few_shapes)
+    assert _sequences(batch) == _sequences_of(rows)
+    bounds, tokens = batch.cu_seqlens.numpy(), len(batch.input_ids)
+    assert batch.cu_seqlens.dtype is torch.int32 and bounds[0] == 0 and bounds[-1] == tokens
+    assert np.diff(bounds).min() >= 0 and np.diff(bounds).max() <= SEQ_LENGTH
+    assert tokens % 16 == 0 and tokens - rows.lengths().sum() < max(16, count * SEQ_LENGTH / GRANULES + 16)
+    index = batch.masked_index.numpy()
+    assert len(index) % 16 == 0 and batch.masked == int((rows.masked_lm_positions > 0).sum())
+    assert index[: batch.masked].tolist() == np.flatnonzero(batch.labels.numpy() != -100).tolist()
+    assert (batch.labels.numpy()[index[batch.masked :]] == -100).all()
+
+
+@pytest.mark.parametrize(("world", "micro", "accumulation"), [(1, 24, 1), (1, 4, 6), (2, 6, 2), (3, 8, 1)])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_every_packed_cut_takes_the_same_samples(stream, world, micro, accumulation, grouped):
+    plans = [BatchPlan(24, micro, accumulation, rank, world, grouped, unpad=True) for rank in range(world)]
+    for first in (0, 150):
+        steps = [plan.build(stream, first) for plan in plans]
+        taken = [sequence for step in steps for batch in step.micro_batches for sequence in _sequences(batch)]
+        wanted = _sequences_of(stream.rows(first, 24))
+        assert (sorted(taken) == sorted(wanted)) if grouped else (taken == wanted)
+        assert all(len(step.micro_batches) == accumulation for step in steps)
+        padded = [dataclasses.replace(plan, unpad=False).build(stream, first) for plan in plans]
+        for one, other in zip(steps, padded, strict=True):
+            assert (one.tokens, one.squares, one.masked, one.checksum) == (other.tokens, other.squares, other.masked, other.checksum)
+
+
+def test_packed_micro_batches_have_about_as_many_tokens_and_fall_in_length(stream):
+    step = BatchPlan(96, 12, 8, 0, 1, unpad=True).build(stream, 0)
+    tokens = [len(batch.input_ids) for batch in step.micro_batches]
+    assert max(tokens) - min(tokens) <= 2 * 16
+    for batch in step.micro_batches:
+        lengths = batch.cu_seqlens.diff()[:12]
+        assert (lengths[1:] <= lengths[:-1]).all()
+
+
+def test_few_shapes_are_few(stream):
+    """As many sizes as granules at most, and one number of sequences."""
+    plan = BatchPlan(64, 64, 1, 0, 1, unpad=True, few_shapes=True)
+    steps = [plan.build(stream, 64 * number).micro_batches[0] for number in range(12)]
+    granule = -(-64 * SEQ_LENGTH // GRANULES // 16) * 16
+    assert {len(batch.input_ids) % granule for batch in steps} == {0}
+    assert len({len(batch.cu_seqlens) for batch in steps}) == 1
+
+
+def test_a_masked_position_behind_its_row_is_refused_when_packed(stream):
+    rows = stream.rows(0, 4)
+    shortest = int(rows.lengths().argmin())
+    rows.masked_lm_positions[shortest, 0] = rows.lengths()[shortest]
+    with pytest.raises(DataError, match="masked position lies behind"):
+        to_packed(rows, max_seqlen=SEQ_LENGTH)
+
+
+def test_packed_tensors_on_the_device_have_the_types_the_model_takes(stream):
+    batch = to_packed(stream.rows(0, 5), max_seqlen=SEQ_LENGTH)
+    arguments = batch.to(torch.device("cpu")).arguments()
+    assert "attention_mask" not in arguments and arguments.pop("max_seqlen") == SEQ_LENGTH
+    assert arguments.pop("cu_seqlens").dtype is torch.int32
+    assert {tensor.dtype for tensor in arguments.values()} == {torch.int64}
+    padded = to_micro_batch(stream.rows(0, 5))
+    assert {"position_ids", "cu_seqlens", "max_seqlen", "masked"}.isdisjoint(padded.arguments())
 
 
 @pytest.fixture(scope="module")

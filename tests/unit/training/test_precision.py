@@ -46,7 +46,13 @@ def test_state_round_trip_and_static():
 
 @pytest.mark.parametrize(
     ("name", "dtype", "scale"),
-    [("fp32", torch.float32, 1), ("tf32", torch.float32, 1), ("bf16", torch.bfloat16, 1), ("fp16", torch.float16, 1024)],
+    [
+        ("fp32", torch.float32, 1),
+        ("tf32", torch.float32, 1),
+        ("bf16", torch.bfloat16, 1),
+        ("fp16", torch.float16, 1024),
+        ("fp8", torch.bfloat16, 1),
+    ],
 )
 def test_modes(name, dtype, scale):
     precision = make_precision(name, "cpu", loss_scale=0.0, init_loss_scale=1024.0, floor=1.0)
@@ -92,7 +98,7 @@ def test_a_static_scale_in_a_checkpoint():
     assert (dynamic.scale, dynamic.dynamic) == (256.0, True)
 
 
-@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("name", ["fp32", "tf32", "bf16", "fp8"])
 def test_modes_without_a_scale_keep_one(name):
     scaler = make_precision(name, "cpu", 0.0, 2.0**20, 1.0, growth_interval=1).scaler
     for overflow in (False, True, False):

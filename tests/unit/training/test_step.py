@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import modeling
 import optimization
 from berth.records.reader import SampleStream, open_index
+from berth.training import parallel as parallel_module
 from berth.training.backends import choose
 from berth.training.batches import BatchPlan
 from berth.training.distributed import Communicator, Rank
@@ -32,20 +33,21 @@ def stream(tmp_path):
     return SampleStream(open_index(make_project(tmp_path) / "records", "training"), 3, VOCAB_SIZE)
 
 
-def build(kind=modeling.BertForPreTraining, optimizer="lamb", precision="fp32", loss_scale=0.0, clip=1.0):
+def build(kind=modeling.BertForPreTraining, optimizer="lamb", precision="fp32", loss_scale=0.0, clip=1.0, fused=False, **spreading):
     torch.manual_seed(0)
     model = kind(CONFIG)
+    model.fused_cross_entropy = fused
     choice = choose("berth", device=torch.device("cpu"), optimizer=optimizer, sharding="none", precision=precision)
     clock = StepClock(torch.device("cpu"))
-    parallel = Replicated(model, ALONE, clock, Recipe(optimizer, 1e-2, 0.01, clip, choice))
+    parallel = Replicated(model, ALONE, clock, Recipe(optimizer, 1e-2, 0.01, clip, choice), **spreading)
     schedule = optimization.make_schedule("poly", 1e-2, 0.1, 20)
     mode = make_precision(precision, "cpu", loss_scale, 2.0**10, 1.0)
     step_kind = TrainingStep if kind is modeling.BertForPreTraining else MaskedLmTrainingStep
     return model, step_kind(parallel, schedule, mode, clock, clip_norm=clip)
 
 
-def run(step, stream, micro, accumulation, steps=3):
-    plan = BatchPlan(24, micro, accumulation, 0, 1)
+def run(step, stream, micro, accumulation, steps=3, unpad=False, few_shapes=False):
+    plan = BatchPlan(24, micro, accumulation, 0, 1, unpad=unpad, few_shapes=few_shapes)
     results = []
     for number in range(steps):
         batch = plan.build(stream, number * 24)
@@ -64,6 +66,100 @@ def test_accumulation_is_one_big_batch(stream, micro, accumulation, optimizer):
         assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
     for (name, a), b in zip(whole_model.named_parameters(), cut_model.parameters(), strict=True):
         assert torch.allclose(a, b, atol=3e-6), name
+
+
+KINDS = [modeling.BertForPreTraining, modeling.BertForMaskedLM]
+
+
+@pytest.mark.parametrize(("few_shapes", "fused", "accumulation"), [(False, False, 1), (True, False, 4), (True, True, 4)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_batches_give_the_losses_and_weights_of_padded_ones(stream, kind, few_shapes, fused, accumulation):
+    """Losses, number of right predictions, norms of three steps, and the parameters after them."""
+    padded_model, padded = build(kind)
+    packed_model, packed = build(kind, fused=fused)
+    for model in (padded_model, packed_model):  # it predicts what is often right
+        model.cls.predictions.bias.data[frequent_label(stream)] = 0.5
+    ours = run(packed, stream, 24 // accumulation, accumulation, unpad=True, few_shapes=few_shapes)
+    for one, other in zip(run(padded, stream, 24, 1), ours, strict=True):
+        assert float(one.mlm_loss) == pytest.approx(float(other.mlm_loss), abs=3e-6)
+        assert float(one.nsp_loss) == pytest.approx(float(other.nsp_loss), abs=3e-6)
+        assert int(one.mlm_correct) == int(other.mlm_correct)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-5)
+    assert sum(int(result.mlm_correct) for result in ours)  # there is something to count
+    for (name, a), b in zip(padded_model.named_parameters(), packed_model.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=5e-6), name
+
+
+def frequent_label(stream):
+    rows = stream.rows(0, 72)
+    return int(np.bincount(rows.masked_lm_ids[rows.masked_lm_positions > 0]).argmax())
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_results_of_a_step_stay_when_the_next_one_runs(stream, ahead):
+    """Sums live in the step's own memory; what it hands out does not. The number of copies ahead changes nothing."""
+    _, step = build()
+    step.ahead = ahead
+    plan = BatchPlan(24, 8, 3, 0, 1)
+    batches = [plan.build(stream, 24 * number) for number in range(2)]
+    first = step(batches[0], 1, batches[0].masked, 24)
+    before = [float(first.mlm_loss), float(first.nsp_loss), int(first.mlm_correct)]
+    step(batches[1], 2, batches[1].masked, 24)
+    assert [float(first.mlm_loss), float(first.nsp_loss), int(first.mlm_correct)] == before
+    assert before == [pytest.approx(value) for value in plain_first_step(stream)]
+
+
+def plain_first_step(stream):
+    """Losses and right predictions of a fresh model on the first 24 samples, in one plain pass."""
+    model, _ = build()
+    micro = BatchPlan(24, 24, 1, 0, 1).build(stream, 0).micro_batches[0].to(torch.device("cpu"))
+    with torch.no_grad():
+        out = model(input_ids=micro.input_ids, attention_mask=micro.attention_mask, token_type_ids=micro.token_type_ids)
+    chosen = micro.labels != -100
+    logits, labels = out.prediction_logits[chosen], micro.labels[chosen]
+    losses = F.cross_entropy(logits, labels), F.cross_entropy(out.seq_relationship_logits, micro.next_sentence_label)
+    return [*map(float, losses), int((logits.argmax(1) == labels).sum())]
+
+
+class Guarded(torch.optim.SGD):
+    """An optimizer that changes nothing when the norm it is given is not finite, and counts its calls."""
+
+    guards_nonfinite = True
+    max_grad_norm = 1.0
+
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        self.taken, self.launched, self.undone = 0, [], 0
+
+    def step(self, grad_norm):
+        self.launched.append(grad_norm)
+        self.taken += 1
+        if torch.isfinite(grad_norm):
+            super().step()
+
+    def undo_step(self):
+        self.undone += 1
+        self.taken -= 1
+
+
+def test_a_guarded_optimizer_is_launched_before_the_norm_is_read(stream, monkeypatch):
+    """And takes its count back when the norm is not finite; others never see such a norm."""
+    model, step = build()
+    optimizer = step.parallel.optimizer = Guarded(model.parameters(), lr=0.1)
+    order = []
+    read = parallel_module.Arriving.value
+    monkeypatch.setattr(parallel_module.Arriving, "value", lambda self: (order.append(len(optimizer.launched)), read(self))[1])
+    good = run(step, stream, 12, 2, steps=2)
+    assert order == [1, 2] and optimizer.taken == 2 and not optimizer.undone
+    assert [float(norm) for norm in optimizer.launched] == [result.grad_norm for result in good]
+    before = [parameter.clone() for parameter in model.parameters()]
+    hook = model.bert.embeddings.LayerNorm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    result = run(step, stream, 12, 2, steps=1)[0]
+    hook.remove()
+    assert result.skipped and result.nonfinite == [("bert.embeddings.LayerNorm.weight", "nan")]
+    assert (optimizer.taken, optimizer.undone) == (2, 1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert not run(step, stream, 12, 2, steps=1)[0].skipped and optimizer.taken == 3
 
 
 def test_the_gradient_is_that_of_the_plain_mean(stream):
@@ -178,13 +274,22 @@ def test_correct_tokens_are_those_with_the_largest_logit(stream):
     assert int(step(batch, 1, batch.masked, 24).mlm_correct) == correct
 
 
+@pytest.mark.parametrize("every_position", [False, True])
+def test_surplus_entries_are_never_counted(every_position):
+    """Packed micro-batches round the masked index up with places whose label is -100; logits are of the picked rows or of all."""
+    labels = torch.tensor([-100, 4, -100, 2, -100])
+    micro = types.SimpleNamespace(labels=labels, masked_index=torch.tensor([1, 3, 0, 0]))
+    logits = F.one_hot(torch.tensor([0, 4, 1, 3, 0]), 5).float()
+    assert int(count_correct(logits if every_position else logits[micro.masked_index], micro)) == 1
+
+
 def test_a_tie_is_decided_as_argmax_does():
     labels = torch.tensor([[0, 1, 2]])
     micro = types.SimpleNamespace(labels=labels, masked_index=torch.arange(3))
     assert int(count_correct(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]), micro)) == 2
 
 
-@pytest.mark.parametrize("kind", [modeling.BertForPreTraining, modeling.BertForMaskedLM])
+@pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_against_a_plain_loop(tmp_path, kind):
     index = open_index(make_project(tmp_path) / "records", "test")
     torch.manual_seed(0)
