@@ -465,12 +465,15 @@ def _update_fused(
 ) -> None:  # fmt: skip
     """The same in two passes over memory, the first leaves the direction in ``scratch``; what :func:`_fused_obstacle` lets pass."""
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    blocks = []
     for pair in _fused_direction(rule, parameter, gradient, first, second, divisor, scratch):
+        blocks.append(pair)
         for found, block in zip(rows, pair, strict=True):
             found.append(_row_norms(block))
     weight_norm, update_norm = (torch.linalg.vector_norm(torch.cat(found).double()).to(scratch.dtype) for found in rows)
-    ratio = trust_ratios([weight_norm], [update_norm])[0]
-    parameter.add_(scratch, alpha=-rule.lr * float(ratio))
+    factor = -rule.lr * float(trust_ratios([weight_norm], [update_norm])[0])
+    for weight_block, update_block in blocks:  # each by the thread that has it in its cache
+        weight_block.add_(update_block, alpha=factor)
 
 
 def _update_adam(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:

@@ -60,7 +60,8 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
     """
     if options.precision == "fp8":
         _require("--precision fp8", fp8.obstacle(sharding) or fp8.unsupported(device))
-    reasons: list[str] = []
+    notice = fp8.notice(device) if options.precision == "fp8" else None
+    reasons: list[str] = [] if notice is None else [notice]
 
     def chosen(flag: str, request: str, what: str, obstacle: Callable[[], str | None]) -> bool:
         if request == "off":

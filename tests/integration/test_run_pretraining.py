@@ -1,5 +1,6 @@
 """run_pretraining.py as its user runs it: resume, kill, Ctrl-C, several processes, and what bad input gets."""
 
+import json
 import os
 import random
 import signal
@@ -269,6 +270,29 @@ def test_processes_and_accumulation_give_the_same_run(exact, processes, batch, a
     assert ends[0] == pytest.approx(ends[1], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "switches",
+    [{"unpad": "off", "fused_loss": "off"}, {"unpad": "off"}, {"fused_loss": "off", "fused_qkv": "on"}, {"checkpoint_activations": True}],
+)
+def test_every_switch_of_the_fast_path_gives_the_same_run(exact, switches):
+    """Losses of every step, gradient norms, accuracy, batches and the weights at the end; the log says what was used."""
+    output = "_".join(f"{name}_{value}" for name, value in switches.items())
+    pretrain(exact, output, max_steps=8, train_batch_size=24, gradient_accumulation_steps=3, eval_dir=exact / "records", **switches)
+    plain, fast = read_steps(exact / output / "dllogger.json"), read_steps(exact / "one" / "dllogger.json")
+    for step in range(1, 9):
+        assert fast[step]["average_loss"] == pytest.approx(plain[step]["average_loss"], abs=5e-6)
+        assert fast[step]["grad_norm"] == pytest.approx(plain[step]["grad_norm"], rel=1e-4)
+        assert [fast[step][key] for key in ("batch_crc32", "mlm_accuracy")] == [plain[step][key] for key in ("batch_crc32", "mlm_accuracy")]
+    a, b = weights(exact / "one" / "ckpt_8.pt"), weights(exact / output / "ckpt_8.pt")
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+    used = [
+        next(r["data"]["fast_path"] for r in read_records(exact / folder / "dllogger.json") if "fast_path" in r.get("data", {}))
+        for folder in ("one", output)
+    ]
+    assert "unpad=True" in used[0] and "fused_cross_entropy=True" in used[0]
+    assert ("unpad=False" in used[1]) == (switches.get("unpad") == "off")
+
+
 def test_resume_on_another_number_of_processes(exact):
     finish(launch(exact, 2, "elastic", max_steps=8, train_batch_size=12, steps_this_run=3, gradient_accumulation_steps=1))
     pretrain(exact, "elastic", max_steps=8, train_batch_size=24, gradient_accumulation_steps=3, resume_from_checkpoint=True)
@@ -341,6 +365,25 @@ def test_other_modes_run(project):
         project, "c", max_steps=3, no_dense_sequence_output=True, lr_schedule="exponential", skip_checkpoint=True, no_group_by_length=True
     )
     assert not list((project / "c").glob("*.pt"))
+
+
+def test_fp8_trains_resumes_and_is_refused_in_pieces(project):
+    """On a CPU it is slow but the same arithmetic; checkpoints are those of any precision."""
+    config = json.loads((project / "config.json").read_text()) | {"hidden_size": 32, "num_attention_heads": 2}
+    (project / "config.json").write_text(json.dumps(config))
+    done = pretrain(project, max_steps=4, precision="fp8", steps_this_run=2)
+    if "fp8" not in done.stderr:
+        pytest.skip("this torch has no fp8 matrix product for CPUs")
+    pretrain(project, max_steps=4, precision="fp8", resume_from_checkpoint=True)
+    losses = [data["average_loss"] for _, data in sorted(read_steps(project / "out" / "dllogger.json").items())]
+    assert len(losses) == 4 and all(0 < loss < 7 for loss in losses)
+    refused = run_script("run_pretraining.py", *pretraining_arguments(project, "none", precision="fp8", deepspeed=True))
+    assert refused.returncode == 2 and "--precision fp8" in refused.stderr and not (project / "none").exists()
+
+
+def test_cuda_graphs_without_a_gpu_are_refused_before_anything_is_written(project):
+    refused = pretrain(project, expect=2, cuda_graphs=True)
+    assert "--cuda_graphs: CUDA graphs need a GPU" in refused.stderr and not (project / "out").exists()
 
 
 def test_no_dense_output_is_the_same_training(project):

@@ -41,11 +41,11 @@ def test_all_mistakes_at_once(required):
     with pytest.raises(ConfigError) as caught:
         parse_options(
             [*required, "--train_batch_size", "100", "--gradient_accumulation_steps", "8", "--warmup_proportion", "3", "--fp16", "--precision",
-             "bf16", "--phase1_end_step", "5", "--eval_freq", "10", "--cuda_graphs", "--max_steps", "0"]
+             "bf16", "--phase1_end_step", "5", "--eval_freq", "10", "--masking", "x", "--max_steps", "0"]
         )  # fmt: skip
     text = str(caught.value)
     for words in ("96 or 104", "--warmup_proportion is 3.0", "--fp16 contradicts --precision bf16", "--phase1_end_step", "--eval_freq needs",
-                  "--cuda_graphs", "--max_steps is 0"):  # fmt: skip
+                  "--masking", "--max_steps is 0"):  # fmt: skip
         assert words in text
     assert caught.value.exit_code == 2
 
