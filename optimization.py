@@ -41,10 +41,10 @@ NO_DECAY = ("bias", "gamma", "beta", "LayerNorm")
 _CHUNK_ELEMENTS = 1 << 26
 """Elements updated at once by the foreach path: bounds its two temporary copies to 256 MiB each in float32."""
 
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_PER_THREAD = 1 << 18, 1 << 15
-"""Elements the fused path takes at once: six float32 arrays of them pass through the cache, and every thread needs its share. A decayed
-tensor of 31 million elements takes 34 ms with 2^18, 39 with 2^17, 91 with 2^14 (calls cost more than they compute), 112 in the loop (two
-threads, 2026-11-21)."""
+_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_PER_THREAD = 1 << 20, 1 << 17
+"""Elements the fused path takes at once: six float32 arrays of them pass through the cache, and every thread needs its share. A step over
+BERT-large takes 282 ms with 2^20, 345 with 2^18 (calls cost more than they compute), 365 with 2^21 (it no longer fits), 562 in the loop
+(two threads, 2026-11-21)."""
 
 _NORM_ROW = 512
 """Length of the rows whose norms are taken in float32 on the CPU before they are added up in float64."""
@@ -270,9 +270,9 @@ class Lamb(torch.optim.Optimizer):
             if not self._fuses(rule, parameter, gradient, first, second):
                 _update_tensor(rule, parameter, gradient, first, second, divisor)
             elif rule.trust_ratio:
-                _update_fused(rule, parameter, gradient, first, second, divisor, self._scratch_like(parameter))
+                _update_fused(rule, parameter, gradient, first, second, divisor, *self._rooms(parameter))
             else:
-                _update_adam(rule, parameter, gradient, first, second, divisor)
+                _update_adam(rule, parameter, gradient, first, second, divisor, self._rooms(parameter)[1])
         for chunk in chunks(batched):
             parameters, gradients = [p for p, _ in chunk], [g for _, g in chunk]
             firsts, seconds = ([self._moments(p)[which] for p in parameters] for which in (0, 1))
@@ -304,11 +304,13 @@ class Lamb(torch.optim.Optimizer):
             raise RuntimeError(f"Lamb(fused=True) {problem}; fused=None takes the plain loop for such tensors")
         return problem is None
 
-    def _scratch_like(self, parameter: Tensor) -> Tensor:
-        """Room for the update direction of ``parameter``: float32 of its shape, kept from step to step (fresh memory costs page faults)."""
-        if self._scratch is None or self._scratch.numel() < parameter.numel():
-            self._scratch = torch.empty(parameter.numel(), dtype=torch.float32)
-        return self._scratch[: parameter.numel()].view_as(parameter)
+    def _rooms(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Room for the update direction of ``parameter``, of its shape, and for a block of its gradient; float32, kept from step to step
+        (fresh memory costs page faults)."""
+        block, elements = min(_block_elements(), parameter.numel()), parameter.numel()
+        if self._scratch is None or self._scratch.numel() < elements + block:
+            self._scratch = torch.empty(elements + block, dtype=torch.float32, device="cpu")
+        return self._scratch[:elements].view_as(parameter), self._scratch[elements : elements + block]
 
     def _moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         state = self.state[parameter]
@@ -320,11 +322,8 @@ class Lamb(torch.optim.Optimizer):
     def _divisor(self, gradients: list[Tensor], grad_scale: Any, grad_norm: Any) -> Tensor:
         """What every gradient is divided by: loss scale times clip factor (float64 ``[]``). Sets ``self.grad_norm``."""
         device = gradients[0].device
-        scale = torch.as_tensor(1.0 if grad_scale is None else grad_scale, device=device).double().reshape(())
-        if grad_norm is None:
-            total = global_norm(gradients) / scale
-        else:
-            total = torch.as_tensor(grad_norm, device=device).double().reshape(())
+        scale = scalar(1.0 if grad_scale is None else grad_scale, device)
+        total = global_norm(gradients) / scale if grad_norm is None else scalar(grad_norm, device)
         self.grad_norm = total
         return scale * torch.where(total > self.max_grad_norm, total / self.max_grad_norm, torch.ones_like(total))
 
@@ -406,7 +405,8 @@ def direction(
     """
     if fused:
         update = torch.empty_like(weight)
-        for _ in _fused_direction(rule, weight, gradient, first, second, divisor, update):
+        room = torch.empty(min(_block_elements(), weight.numel()), dtype=torch.float32, device="cpu")
+        for _ in _fused_direction(rule, weight, gradient, first, second, divisor, update, room):
             pass
         return update
     scratch = gradient.to(first.dtype) / divisor.to(weight.device, first.dtype)
@@ -461,12 +461,13 @@ def _update_tensor(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tenso
 
 
 def _update_fused(
-    rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, scratch: Tensor
+    rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, scratch: Tensor, room: Tensor
 ) -> None:  # fmt: skip
-    """The same in two passes over memory, the first leaves the direction in ``scratch``; what :func:`_fused_obstacle` lets pass."""
+    """The same in two passes over memory, the first leaves the direction in ``scratch``; what :func:`_fused_obstacle` lets pass. ``room``:
+    for a block of the divided gradient."""
     rows: tuple[list[Tensor], list[Tensor]] = ([], [])
     blocks = []
-    for pair in _fused_direction(rule, parameter, gradient, first, second, divisor, scratch):
+    for pair in _fused_direction(rule, parameter, gradient, first, second, divisor, scratch, room):
         blocks.append(pair)
         for found, block in zip(rows, pair, strict=True):
             found.append(_row_norms(block))
@@ -476,25 +477,25 @@ def _update_fused(
         weight_block.add_(update_block, alpha=factor)
 
 
-def _update_adam(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor) -> None:
+def _update_adam(rule: Rule, parameter: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, room: Tensor) -> None:
     """The same in one pass: without trust ratio (hence without decay) LAMB is Adam."""
     blocks = [t.detach().view(-1).split(_block_elements()) for t in (parameter, gradient, first, second)]
-    quotient, step = _Quotient(divisor, blocks[1][0].numel()), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
+    quotient, step = _Quotient(divisor, room), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
     for weight_block, gradient_block, first_block, second_block in zip(*blocks, strict=True):
         _fused_adam(rule, weight_block, quotient.of(gradient_block), first_block, second_block, step, rule.lr)
 
 
 def _fused_direction(
-    rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, update: Tensor
+    rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, divisor: Tensor, update: Tensor, room: Tensor
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Write the direction into ``update`` and advance the moments, a block in the cache after the other; gives each block of ``weight`` and
     ``update`` (flat) when it is done, for whoever wants its norms while it is there.
 
     Adam's kernel with the rate -1, on weights that are ``wd * p``, leaves ``wd * p + (m / c1) / (sqrt(v) / sqrt(c2) + eps)`` in them. It
-    changes a gradient in place when told to divide it, so that is done before, in a block of scratch.
+    changes a gradient in place when told to divide it, so that is done before, in ``room``.
     """
     blocks = [t.detach().view(-1).split(_block_elements()) for t in (weight, gradient, first, second, update)]
-    quotient, step = _Quotient(divisor, blocks[1][0].numel()), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
+    quotient, step = _Quotient(divisor, room), torch.tensor(rule.step, dtype=torch.float32, device="cpu")
     for weight_block, gradient_block, first_block, second_block, update_block in zip(*blocks, strict=True):
         scaled = quotient.of(gradient_block)
         if rule.gradient_decay:
@@ -505,17 +506,14 @@ def _fused_direction(
 
 
 class _Quotient:
-    """Blocks of at most ``elements`` of a gradient divided by ``divisor`` (``[]``), in scratch; themselves where it is 1."""
+    """Blocks of a gradient divided by ``divisor`` (``[]``), in ``room``; themselves where it is 1."""
 
-    def __init__(self, divisor: Tensor, elements: int) -> None:
+    def __init__(self, divisor: Tensor, room: Tensor) -> None:
         self._divisor = divisor.to("cpu", torch.float32)
-        self._scratch = torch.empty(elements, dtype=torch.float32) if self._divisor != 1 else None
+        self._room = None if self._divisor == 1 else room
 
     def of(self, block: Tensor) -> Tensor:
-        if self._scratch is None:
-            return block
-        scratch = self._scratch if block.numel() == self._scratch.numel() else self._scratch[: block.numel()]
-        return torch.div(block, self._divisor, out=scratch)
+        return block if self._room is None else torch.div(block, self._divisor, out=self._room[: block.numel()])
 
 
 def _fused_adam(rule: Rule, weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: Tensor, lr: float) -> None:
@@ -606,6 +604,13 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack([norm.to(tensors[0].device) for norm in norms(tensors)]).double())
+
+
+def scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """``value`` as float64 ``[]`` on ``device``; a number is written there by a kernel, since a copy would wait for all that is queued."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64).reshape(())
+    return torch.full((), float(value), dtype=torch.float64, device=device)
 
 
 def _math_dtype(tensor: Tensor) -> torch.dtype:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import add_device, at_least, check_device, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
 from berth.files import write_json  # noqa: E402 - found beside this folder, installed or not
@@ -71,13 +72,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=(*PRECISIONS, "all"), default="all", help="of queries, keys and values")
     parser.add_argument("--rounds", type=int, default=10, help="timed runs of each side, after two untimed ones")
     parser.add_argument("--threads", type=int, action="append", help="threads of torch, may be repeated (None: torch decides)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device, help="where")
+    add_device(parser)
     parser.add_argument("--seed", type=int, default=0, help="of lengths, numbers and dropout")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results/attention.json", help="JSON to write")
+    parser.add_argument("--output", type=Path, default=result_file("attention.json"), help="JSON to write")
     args = parser.parse_args(argv)
-    for name, value in (("rounds", args.rounds), ("head_size", args.head_size), *(("threads", n) for n in args.threads or ())):
-        if value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+    at_least(parser, args, 1, ("rounds", "head_size", "threads"))
+    check_device(parser, args)
     args.shape = args.shape or [shape(text) for text in DEFAULT_SHAPES[args.device]]
     args.threads = args.threads or [torch.get_num_threads()]
     return args

@@ -29,6 +29,7 @@ import transformers
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import at_least, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
 import modeling  # noqa: E402 - found beside this folder, installed or not
@@ -59,12 +60,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab_size", type=int, default=30528, help="rows of the word embedding")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (None: torch decides)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results/cpu_step.json", help="JSON to write")
+    parser.add_argument("--output", type=Path, default=result_file("cpu_step.json"), help="JSON to write")
     args = parser.parse_args(argv)
-    for name in ("rounds", "batch_size", "seq_length", "layers", "hidden", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+    at_least(parser, args, 1, ("rounds", "batch_size", "seq_length", "layers", "hidden", "threads"))
+    at_least(parser, args, 0, ("seed",))
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden}: must be a multiple of 64, the size of a head")
     if args.vocab_size < 1000:

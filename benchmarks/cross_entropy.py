@@ -32,6 +32,7 @@ import torch.nn.functional as F
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import add_device, at_least, check_device, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
 import modeling  # noqa: E402 - found beside this folder, installed or not
@@ -65,14 +66,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=(*PRECISIONS, "both"), default="both", help="bf16 means autocast")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size (H)")
     parser.add_argument("--vocab_size", type=int, default=30528, help="rows of the word embedding (V)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (None: torch decides)")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results/cross_entropy.json", help="JSON to write")
+    parser.add_argument("--output", type=Path, default=result_file("cross_entropy.json"), help="JSON to write")
     parser.add_argument("--memory_of", choices=tuple(SIDES), default=None, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for value in (args.rounds, args.hidden, args.vocab_size, *args.rows):
-        if value < 1:
-            parser.error(f"{value}: rounds, rows and sizes must be at least 1")
+    at_least(parser, args, 1, ("rounds", "rows", "hidden", "vocab_size", "threads"))
+    check_device(parser, args)
     return args
 
 

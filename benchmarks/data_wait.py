@@ -22,9 +22,11 @@ from typing import Any
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import at_least, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
-from berth.files import write_json  # noqa: E402 - found beside this folder, installed or not
+from berth.errors import run_main  # noqa: E402 - found beside this folder, installed or not
+from berth.files import write_json  # noqa: E402
 from berth.records.reader import RecordsIndex, SampleStream, open_index  # noqa: E402
 from berth.training.batches import BatchPlan, step_batches  # noqa: E402
 
@@ -40,10 +42,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="how long each rate is kept up")
     parser.add_argument("--num_workers", type=int, default=2, help="steps prepared ahead, as the option of run_pretraining.py")
     parser.add_argument("--padded", action="store_true", help="padded micro-batches instead of packed ones")
-    parser.add_argument(
-        "--output", type=Path, default=REPO / "benchmarks/results/data_wait.json", help="JSON; results of other lengths are kept"
-    )
+    parser.add_argument("--output", type=Path, default=result_file("data_wait.json"), help="JSON; results of other lengths are kept")
     args = parser.parse_args(argv)
+    if not args.records.exists():
+        parser.error(f"--records {args.records}: does not exist; give a folder of records (create_pretraining_data.py)")
+    at_least(parser, args, 0, ("num_workers",))
     if args.train_batch_size < 1 or args.micro_batch < 1 or args.train_batch_size % args.micro_batch:
         parser.error(f"--train_batch_size {args.train_batch_size}: must be a multiple of --micro_batch {args.micro_batch}")
     if min(args.rates) <= 0 or args.seconds <= 0:
@@ -120,4 +123,4 @@ def save(args: argparse.Namespace, length: int, measured: dict[str, Any]) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

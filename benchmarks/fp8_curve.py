@@ -25,6 +25,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import at_least, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
 import modeling  # noqa: E402 - found beside this folder, installed or not
@@ -52,11 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seq_length", type=int, default=16, help="words of a sentence")
     parser.add_argument("--learning_rate", type=float, default=3e-3, help="of AdamW, after a tenth of the steps; falls to 0 at the end")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--output", type=Path, default=REPO / "benchmarks/results/fp8_curve.json", help="JSON to write")
+    parser.add_argument("--output", type=Path, default=result_file("fp8_curve.json"), help="JSON to write")
     args = parser.parse_args(argv)
-    for name in ("steps", "window", "seeds", "layers", "hidden", "batch_size", "seq_length", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
+    at_least(parser, args, 1, ("steps", "window", "seeds", "layers", "hidden", "batch_size", "seq_length", "threads"))
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden}: must be a multiple of 64, the size of a head")
     if args.words < len(FOLLOWERS):

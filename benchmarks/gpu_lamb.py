@@ -27,6 +27,7 @@ import torch
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
+from arguments import add_device, at_least, check_device, result_file  # noqa: E402
 from machine import machine  # noqa: E402
 
 import modeling  # noqa: E402 - found beside this folder, installed or not
@@ -48,17 +49,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each side, after one untimed step")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add_device(parser)
     parser.add_argument("--layers", type=int, default=24, help="encoder layers")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size; feed-forward 4 times as wide")
     parser.add_argument("--vocab_size", type=int, default=30528, help="rows of the word embedding")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch on a CPU (None: torch decides)")
-    parser.add_argument("--output", type=Path, default=None, help="JSON to write (None: cpu_lamb.json or gpu_lamb.json beside this file)")
+    parser.add_argument(
+        "--output", type=Path, default=None, help=f"JSON to write (None: {result_file('gpu_lamb.json')}, on a CPU cpu_lamb.json)"
+    )
     args = parser.parse_args(argv)
-    for name in ("rounds", "layers", "hidden", "vocab_size", "threads"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: must be at least 1")
+    at_least(parser, args, 1, ("rounds", "layers", "hidden", "vocab_size", "threads"))
+    check_device(parser, args)
     if args.hidden % 64:
         parser.error(f"--hidden {args.hidden}: must be a multiple of 64, the size of a head")
     return args
@@ -237,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         torch=torch.__version__,
         load_average=round(os.getloadavg()[0], 1),  # of all processes, this one among them
     )
-    output = args.output or REPO / "benchmarks/results" / ("gpu_lamb.json" if device.type == "cuda" else "cpu_lamb.json")
+    output = args.output or result_file("gpu_lamb.json" if device.type == "cuda" else "cpu_lamb.json")
     options = {key: value for key, value in vars(args).items() if key != "output"}
     write_json(output, {"machine": about, "options": options, "result": result})
     print(f"written: {output}")

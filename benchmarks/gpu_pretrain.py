@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import statistics
 import sys
@@ -55,6 +56,7 @@ import modeling
 from berth.errors import ConfigError, TrainingError, run_main
 from berth.files import write_json
 from berth.flops import step_flops
+from berth.kernels.fp8 import Fp8Linear
 from berth.ranks import Place
 from berth.training.distributed import choose_device
 
@@ -208,9 +210,29 @@ def check_sides(plan: Plan) -> dict[str, Any]:
                 "losses": [loss_of(result) for result in results],
                 "grad_norms": [float(result.grad_norm) for result in results],
             }
-        found["sides"][name]["fast_path"] = ours.run.fast.name
+        fp8_layers = sum(isinstance(module, Fp8Linear) for module in ours.run.parallel.module.modules())
+        found["sides"][name] |= {
+            "fast_path": ours.run.fast.name,
+            "optimizer": type(ours.run.parallel.optimizer).__name__,
+            "graphs": recorded(ours),
+            "fp8_layers": fp8_layers,
+        }
         compare(found, name)
     return found
+
+
+def recorded(side: BerthSide) -> dict[str, Any] | None:
+    """How many CUDA graphs a side holds, and whether recording failed; None without --cuda_graphs.
+
+    Raises :class:`TrainingError` when it failed or nothing was recorded: what is timed then would not be what was asked for.
+    """
+    graphs = side.run.step.graphs
+    if graphs is None:
+        return None
+    if graphs.failed or not len(graphs):
+        what = "recording failed" if graphs.failed else "nothing was recorded"
+        raise TrainingError(f"{side.name} --cuda_graphs: {what} (see the log above); time it without --cuda_graphs")
+    return {"recorded": len(graphs), "failed": graphs.failed}
 
 
 def compare(found: dict[str, Any], name: str) -> None:
@@ -382,12 +404,18 @@ def print_profile(profile: dict[str, Any]) -> None:
         print(f"{name:<36}{group['us']:>12.0f}{group['share']:>8.1%}{group['calls']:>9.0f}")
 
 
+def shown(word: str, plan: Plan) -> str:
+    """A word of a command line, without the folders of this machine."""
+    word = word.replace(str(plan.work), "<work>")
+    return Path(word).name if os.path.isabs(word) else word
+
+
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Everything; the report that is also on disk, at ``args.output``."""
     plan = make_plan(args, work)
     model = Path(args.model).stem
     output = args.output or REPO / f"benchmarks/results/gpu_pretrain_{short_name(plan.device)}_{model}_{args.seq}_{args.precision}.json"
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "output"}
+    options = {key: shown(value, plan) if isinstance(value, str) else value for key, value in vars(args).items() if key != "output"}
     report: dict[str, Any] = {"machine": device_facts(plan.device), "options": options, "complete": False, "results": {}}
     if not args.no_check and args.peer:
         report["check"] = check_sides(plan)
@@ -398,7 +426,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     report |= {
         "batch": {"micro_batch": plan.micro_batch, "accumulation": args.accumulation, "sequences": plan.share},
         "parameters": ours[0].run.parameters,
-        "commands": {side.name: ["run_pretraining.py", *(word.replace(str(work), "<work>") for word in side.argv)] for side in ours},
+        "commands": {side.name: ["run_pretraining.py", *(shown(word, plan) for word in side.argv)] for side in ours},
         "fast_path": {side.name: [side.run.fast.name, *side.run.fast.reasons] for side in ours},
         "failed": failed,
     }
@@ -412,6 +440,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     if args.profile:
         report["profile"] = {"side": ours[0].name, **where_time_goes(ours[0], plan.device, min(args.steps, 3))}
         print_profile(report["profile"])
+    report["graphs"] = {side.name: recorded(side) for side in ours}
     for side in sides:
         side.close()
     report["complete"] = True

@@ -14,6 +14,7 @@ Rejected: one process for all (one illegal access would end everything); the par
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -33,6 +34,7 @@ from berth.errors import run_main  # noqa: E402 - found beside this folder, inst
 from berth.files import atomic_open, write_json  # noqa: E402
 
 LINES = 400  # of a part's output that are kept
+GRACE = 10.0  # seconds a part gets to say what it has found, when its time is up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +80,10 @@ def parts(out: Path, *, smoke: bool, model: str, precision: str, device: str) ->
             "cross_entropy.py": ("--rows", 16, "--hidden", 64, "--vocab_size", 512, "--precision", "fp32", "--rounds", 1, *threads),
         }
     lamb, attention, loss = (script(name, *words, "--device", device, limit=45) for name, words in kernels.items())
-    tests = (python, "-m", "pytest", str(REPO / "tests/gpu"), "-q", "-p", "no:cacheprovider", "-rsx")
+    tests = (python, "-m", "pytest", str(REPO / "tests/gpu"), "-q", "-p", "no:cacheprovider", "-rfEsx")
     return [
         Part("machine", (*ours, "--part", "machine"), 60, "machine.json"),
-        Part("correctness", tests, 150),
+        Part("correctness", tests, 240),
         Part("ceilings", (*ours, "--part", "ceilings"), 45, "ceilings.json"),
         pretrain(lengths[0], 210),
         lamb,
@@ -152,12 +154,15 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
             status = "done" if code == 0 else f"exit code {code}"
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
+            process.send_signal(signal.SIGINT)  # pytest prints its failures so far
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     result: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - started, 1), "argv": shown(part, out)}
-    result["said"] = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]
+    result["said"] = [without_folders(line, out) for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES:]]
     if part.output and (out / part.output).exists():
         result["json"] = json.loads((out / part.output).read_text(encoding="utf-8"))
     return result
@@ -165,7 +170,14 @@ def run_part(part: Part, out: Path, seconds: float) -> dict[str, Any]:
 
 def shown(part: Part, out: Path) -> list[str]:
     """Its command line, without the folders of this machine."""
-    return [word.replace(str(out), "<out>").replace(str(REPO), ".") for word in part.argv[1:]]
+    return [without_folders(word, out) for word in part.argv[1:]]
+
+
+def without_folders(words: str, out: Path) -> str:
+    """``words`` without the folders of this machine."""
+    for folder, name in ((out, "<out>"), (REPO, "."), (Path.home(), "~")):
+        words = words.replace(str(folder), name)
+    return words
 
 
 def run_all(wanted: Sequence[Part], out: Path, minutes: float) -> dict[str, Any]:

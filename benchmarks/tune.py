@@ -6,7 +6,8 @@ Every candidate is a process of its own (benchmarks/gpu_pretrain.py without a pe
 table and no more. First the micro-batch grows, doubling, with the default switches, until memory ends or throughput falls twice in a row; then the
 switches change one at a time and stay where they help; then micro-batches next to the best are tried; at last the best two take turns. Only
 micro-batches that divide the recipe's batch of one process are candidates: others could not be trained with. Every step takes about as many
-sequences, so that the optimizer weighs the same. Prints a table and the row, writes both as JSON (after every candidate).
+sequences, so that the optimizer weighs the same. For a row of several processes a candidate compiles as those do,
+layer by layer. Prints a table and the row, writes both as JSON (after every candidate).
 
 Rejected: a full grid (hours); trying inside one process (fragmented memory, and the first illegal access ends all); estimating what fits (the search
 finds out anyway).
@@ -108,6 +109,7 @@ class Search:
         first: where growing begins.
         switches: values to try by switch.
         time_left: whether another candidate may begin.
+        possible: whether a run of the row would take a candidate's switches.
     """
 
     def __init__(
@@ -117,8 +119,10 @@ class Search:
         first: int,
         switches: Mapping[str, Sequence[str | bool]],
         time_left: Callable[[], bool],
+        possible: Callable[[Candidate], bool] = lambda candidate: True,
     ) -> None:
         self.measure, self.sizes, self.first, self.switches, self.time_left = measure, sizes, first, switches, time_left
+        self.possible = possible
         self.outcomes: dict[Candidate, Outcome] = {}
         self.best: Outcome | None = None
 
@@ -159,7 +163,10 @@ class Search:
             start = self.best
             for value in values if start is not None else ():
                 assert start is not None
-                outcome = self.attempt(start.candidate.having(name, value))
+                candidate = start.candidate.having(name, value)
+                if not self.possible(candidate):
+                    continue
+                outcome = self.attempt(candidate)
                 yield outcome
                 self.improve(outcome, BETTER)
 
@@ -172,7 +179,10 @@ class Search:
         for way in (1, -1):
             place, before = at + way, start.tokens_per_second
             while 0 <= place < len(self.sizes):
-                outcome = self.attempt(dataclasses.replace(start.candidate, micro_batch=self.sizes[place]))
+                candidate = dataclasses.replace(start.candidate, micro_batch=self.sizes[place])
+                if not self.possible(candidate):
+                    break
+                outcome = self.attempt(candidate)
                 yield outcome
                 if outcome is None or outcome.tokens_per_second <= before:
                     break
@@ -204,6 +214,20 @@ def winner(rates: Mapping[Candidate, Sequence[float]]) -> Candidate:
     return max(medians, key=lambda candidate: medians[candidate])
 
 
+def switches_of(row: Row) -> dict[str, tuple[str | bool, ...]]:
+    """Values to try besides the default by switch. Several processes compile by layers anyway."""
+    switches = SWITCHES[row.platform.device]
+    return switches | {"compile": ("off",)} if row.platform.device == "cuda" and row.world_size > 1 else dict(switches)
+
+
+def possible(row: Row, candidate: Candidate) -> bool:
+    """Whether a run of ``row`` takes these switches: CUDA graphs need packed batches, and in several processes more than one micro-batch a step."""
+    options = dict(candidate.options)
+    if not options.get("cuda_graphs"):
+        return True
+    return options.get("unpad") != "off" and (row.world_size == 1 or row.train_batch_size > candidate.micro_batch)
+
+
 # -- measuring -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +250,10 @@ def measure_in_process(candidate: Candidate, args: argparse.Namespace, row: Row,
             "sides": "berth", "micro_batch": candidate.micro_batch, "accumulation": max(1, args.sequences // candidate.micro_batch),
             "rounds": args.rounds, "steps": args.steps, "device": row.platform.device, "threads": args.threads, "output": output,
         }  # fmt: skip
-        words = [*program, *option_words(values), f"--run_options={' '.join(option_words(dict(candidate.options)))}"]
+        options = dict(candidate.options)
+        if row.platform.device == "cuda" and row.world_size > 1:
+            options = {"compile": "layers"} | options
+        words = [*program, *option_words(values), f"--run_options={' '.join(option_words(options))}"]
         # a group of its own: compilers that it started end with it
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         try:
@@ -347,6 +374,13 @@ def print_outcome(outcome: Outcome) -> None:
     print(f"{outcome.candidate!s:<60}{rates}{memory}", flush=True)
 
 
+def without_folders(value: Any) -> Any:
+    """An option as it stands in a report: of files only their names."""
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    return Path(value).name if isinstance(value, Path) or (isinstance(value, str) and os.path.isabs(value)) else value
+
+
 def as_json(outcome: Outcome) -> dict[str, Any]:
     candidate = outcome.candidate
     return {
@@ -363,12 +397,11 @@ def tune(args: argparse.Namespace, matrix: Matrix, measure: Measure | None = Non
     row = base_row(args, matrix)
     args.sequences = args.sequences or (1024 if row.platform.device == "cuda" else 32)
     sizes = [size for size in divisors(row.train_batch_size) if size <= (args.most or row.train_batch_size)]
-    switches = SWITCHES[row.platform.device]
-    switches = {name: values for name, values in switches.items() if args.switches is None or name in args.switches}
+    switches = {name: values for name, values in switches_of(row).items() if args.switches is None or name in args.switches}
     output = args.output or REPO / f"benchmarks/results/tune_{row.platform.name}_phase{row.phase}_{row.precision}.json"
     until = time.monotonic() + args.minutes * 60
     report: dict[str, Any] = {
-        "options": {key: str(value) if isinstance(value, (Path, list)) else value for key, value in vars(args).items() if key != "output"},
+        "options": {key: without_folders(value) for key, value in vars(args).items() if key != "output"},
         "complete": False,
         "candidates": [],
     }
@@ -383,7 +416,7 @@ def tune(args: argparse.Namespace, matrix: Matrix, measure: Measure | None = Non
         write_json(output, report)
         return outcome
 
-    search = Search(timed, sizes, args.first, switches, lambda: time.monotonic() < until)
+    search = Search(timed, sizes, args.first, switches, lambda: time.monotonic() < until, lambda candidate: possible(row, candidate))
     report["complete"] = search.run()
     rates = play_off(search, timed, args.finals)
     if not rates:

@@ -4,7 +4,8 @@ In: queries, keys and values of the tokens of all sequences, end to end, and whe
 computed for padding, because there is none.
 
 - On CUDA: the flash kernels that torch brings along (``aten::_flash_attention_forward``/``_backward``), which take offsets and dropout.
-  ``torch.nn.attention.varlen`` calls the same ones, but always without dropout.
+  ``torch.nn.attention.varlen`` calls the same ones, but always without dropout. A draw has 8 bits: they keep (floor(255 (1 - p)) + 1) / 256 of
+  the probabilities and scale them by 1 / (1 - p), so that p = 0.1 keeps 0.8984 of them and multiplies the output by 0.9983 in the mean.
 - On a CPU: a block of sequences of equal length at a time, a few MiB, with torch's batched matrix product. The probabilities are kept for
   the backward pass; their sign says which were dropped (one tensor instead of two and a mask). A draw has 16 bits, four to an int64 of the
   default generator; the scale of the kept ones is exactly the inverse of the share that such a draw keeps.
@@ -98,16 +99,20 @@ def unsupported(device: torch.device | str, dtype: torch.dtype, head_size: int) 
     """
     device = torch.device(device)
     if device.type == "cpu":
-        return None if dtype in _INTEGERS else f"attention of packed sequences takes {[*_INTEGERS]}, not {dtype}"
+        return None if dtype in _INTEGERS else f"attention of packed sequences takes {', '.join(map(_name, _INTEGERS))}, not {_name(dtype)}"
     if device.type != "cuda":
         return f"there is no attention of packed sequences for devices of type {device.type}"
     if dtype not in _FLASH_TYPES:
-        return f"the flash kernels take {[*_FLASH_TYPES]}, not {dtype}"
+        return f"the flash kernels take {' and '.join(map(_name, _FLASH_TYPES))}, not {_name(dtype)}"
     if head_size % 8 or head_size > _FLASH_LARGEST_HEAD:
         return f"the flash kernels take head sizes that are multiples of 8 up to {_FLASH_LARGEST_HEAD}, not {head_size}"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     return probe(device if device.index is not None else torch.device("cuda", torch.cuda.current_device()), dtype, head_size)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.cache
@@ -124,10 +129,10 @@ def probe(device: torch.device, dtype: torch.dtype, head_size: int) -> str | Non
 
 def _disagreement(device: torch.device, dtype: torch.dtype, head_size: int) -> str | None:
     """What the op gives on ``device`` that it should not."""
-    lengths, heads, dropout_p = (1, 77, 0, 128, 5, 40, 0, 0), 8, 0.1
+    lengths, heads, dropout_p = (1, 77, 0, 300, 5, 129, 0, 0), 8, 0.1  # of one and of several of the kernels' blocks
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(sum(lengths), 4, heads, head_size, generator=generator).to(dtype)
+    inputs = torch.randn(sum(lengths), 4, heads, head_size, generator=generator).to(dtype)  # as of one projection: with strides
 
     def run(to: torch.device, as_type: torch.dtype, dropout_p: float) -> tuple[Tensor, ...]:
         query, key, value, grad = inputs.to(to, as_type).unbind(1)

@@ -303,7 +303,8 @@ def _reason(trial: Callable[[torch.device, torch.dtype], None], device: torch.de
 
 
 def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise unless the kernel gives what :func:`_reduce` gives on the CPU: two blocks of columns, a tie, an ignored label, a sure hit."""
+    """Raise unless the kernel gives what :func:`_reduce` gives on the CPU: two blocks of columns, a tie, an ignored label, a sure hit;
+    labels and bias with every other place in memory."""
     vocabulary = 5000
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(5, vocabulary, generator=generator)).to(dtype)
@@ -314,7 +315,8 @@ def _try_kernel(device: torch.device, dtype: torch.dtype) -> None:
     def run(reduce: Callable[..., None], where: torch.device) -> tuple[Tensor, ...]:
         values, losses, d_bias = logits.to(where, copy=True), torch.empty(5, device=where), torch.zeros(vocabulary, device=where)
         hits = torch.empty(5, dtype=torch.bool, device=where)
-        reduce(values, bias.to(where), labels.to(where), -100, losses, hits, True, d_bias)
+        strided_bias, strided_labels = (x.to(where).repeat_interleave(2)[::2] for x in (bias, labels))
+        reduce(values, strided_bias, strided_labels, -100, losses, hits, True, d_bias)
         return losses.cpu(), hits.cpu(), values.cpu().float() / _scale(dtype), d_bias.cpu() / _scale(dtype)
 
     precisions = (1e-4, 0.0, *[1e-4 if dtype == torch.float32 else 2e-2] * 2)

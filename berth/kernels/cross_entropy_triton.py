@@ -20,13 +20,14 @@ _BLOCK, _WARPS = 4096, 16
 def reduce_rows(
     logits_RV: Tensor, bias_V: Tensor, labels_R: Tensor, ignored: int, losses_R: Tensor, hits_R: Tensor, gradients: bool, scale: float
 ) -> None:
-    """Fill ``losses_R`` (fp32) and ``hits_R`` (bool) for logits (16-bit or fp32, contiguous) plus bias (fp32) and int64 labels.
+    """Fill ``losses_R`` (fp32) and ``hits_R`` (bool), both contiguous, for logits (16-bit or fp32, contiguous) plus bias (fp32) and int64 labels.
 
     With ``gradients`` the logits become ``scale * (softmax - onehot)``, 0 where the label is ``ignored``.
     """
     rows, vocabulary = logits_RV.shape
     hits = hits_R.view(torch.uint8)
-    _rows_kernel[(rows,)](logits_RV, bias_V, labels_R, losses_R, hits, ignored, scale, vocabulary, gradients, _BLOCK, num_warps=_WARPS)
+    bias, labels = bias_V.contiguous(), labels_R.contiguous()
+    _rows_kernel[(rows,)](logits_RV, bias, labels, losses_R, hits, ignored, scale, vocabulary, gradients, _BLOCK, num_warps=_WARPS)
 
 
 @triton.jit

@@ -1,17 +1,21 @@
-"""Do model, vocabulary, records and recipe fit together? What ``run_pretraining.py`` asks when it starts, without torch and numpy.
+"""Do model, vocabulary, records, recipe and options fit together? What ``run_pretraining.py`` asks when it starts, without torch and numpy.
 
 In: files, and what is known of the records. Out: what they say, and problems in words. Each names the value, the rule and the fix.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from berth.errors import ConfigError
 from berth.files import read_json, sha256_file
 from berth.launch.inputs import Records
+from berth.launch.matrix import SIXTEEN_BIT
+from berth.launch.recipes import WORDS, value_problems
 from berth.launch.rows import Row
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -69,5 +73,57 @@ def record_problems(records: Records, row: Row, dynamic_masking: bool) -> list[s
         found.append(
             f"{folder} has {records.rows} rows to train on, one step takes {row.global_batch}; prepare more text, or choose a recipe with a "
             "smaller global batch"
+        )
+    return found
+
+
+def given_options(row: Row, extra: Sequence[str]) -> dict[str, Any]:
+    """Options that ``run_pretraining.py`` gets beside those of the row: of recipe and row, and the words of ``extra`` (``--name value``,
+    ``--name=value``, ``--name``), the last one said."""
+    given: dict[str, Any] = {**row.phase_recipe.options, **row.options}
+    for word, after in itertools.pairwise((*extra, "--")):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--"):
+            given[name] = value if equals else True if after.startswith("--") else after
+    return given
+
+
+def option_problems(row: Row, options: Mapping[str, Any]) -> list[str]:
+    """What ``berth.training.fastpath`` would refuse of ``options`` (:func:`given_options`) on the hardware and in the cut of ``row``."""
+    found = [problem for name, value in options.items() for problem in value_problems(name, value)]
+    if found:
+        return found
+
+    def rule(good: bool, message: str) -> None:
+        if not good:
+            found.append(message)
+
+    deepspeed = any(options.get(name, False) is not False for name in ("deepspeed", "deepspeed_zero_stage"))  # 0 is a stage
+    shard = str(options.get("shard", "none")) if row.world_size > 1 else "none"
+    sharding = "deepspeed" if deepspeed else shard
+    gpu, packed = row.platform.device == "cuda", row.precision in SIXTEEN_BIT
+    switched = {name: options.get(name, "auto") for name in WORDS}
+
+    rule(row.precision != "fp8" or sharding in ("none", "zero1"),
+         f"precision fp8 rounds whole weights, and {sharding} cuts them into pieces; use shard none or zero1, or precision bf16")  # fmt: skip
+    rule(not gpu or packed or switched["unpad"] != "on",
+         f"unpad on: on a GPU packed batches need 16 bits, not {row.precision}; use bf16 or fp16, or leave unpad out")  # fmt: skip
+    for name in ("fused_loss", "fused_qkv", "compile"):
+        rule(not deepspeed or switched[name] in ("auto", "off"), f"{name} {switched[name]} does not go with DeepSpeed; drop one of them")
+    rule(row.precision != "fp8" or switched["fused_qkv"] != "on", "fused_qkv on does not go with precision fp8; leave it out, or use bf16")
+    rule(row.world_size == 1 or switched["compile"] != "model",
+         f"compile model is for one process, row {row.name} has {row.world_size}; use compile: layers")  # fmt: skip
+    if options.get("cuda_graphs"):
+        rule(gpu, f"cuda_graphs need a GPU, platform {row.platform.name} has none; leave them out")
+        rule(not options.get("checkpoint_activations"), "cuda_graphs do not go with checkpoint_activations; leave out one of them")
+        rule(sharding in ("none", "zero1"),
+             f"cuda_graphs do not go with {sharding}, which communicates within passes; use shard none or zero1, or leave them out")  # fmt: skip
+        rule(row.world_size == 1 or row.accumulation > 1,
+             f"cuda_graphs leave out the last micro-batch of a step, which communicates, and row {row.name} has accumulation 1; choose a smaller "
+             "micro-batch, or leave them out")  # fmt: skip
+        rule(switched["unpad"] != "off", "cuda_graphs need packed batches; leave out unpad: off, or them")
+        rule(
+            not gpu or packed,
+            f"cuda_graphs need packed batches, and those 16 bits, not {row.precision}; use bf16 or fp16, or leave them out",
         )
     return found

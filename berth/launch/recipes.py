@@ -27,8 +27,14 @@ OPTIONS = (
     "phase2_moments", "phase2_step", "keep_checkpoints", "log_freq", "eval_freq", "eval_samples", "eval_batch_size", "num_workers",
 )  # fmt: skip
 
-WORDS = ("unpad", "compile", "fused_loss", "fused_qkv")
-"""Options whose values are words, ``on`` and ``off`` among them."""
+SWITCH = ("auto", "on", "off")
+WORDS = {"unpad": SWITCH, "compile": ("auto", "off", "layers", "model"), "fused_loss": SWITCH, "fused_qkv": SWITCH}
+"""Options whose values are words, with those words; ``off`` is one of each."""
+SWITCHES = (
+    "dynamic_masking", "whole_word_mask", "allreduce_post_accumulation_fp16", "checkpoint_activations", "no_dense_sequence_output",
+    "no_group_by_length", "cuda_graphs", "no_copy_ahead", "no_async_checkpoints",
+)  # fmt: skip
+"""Those of :data:`OPTIONS` that take no value on the command line, and true or false in a file."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,8 @@ def _read_phase(number: int, body: Any, where: str, problems: list[str], base: P
 def read_options(options: Mapping[str, Any], where: str, problems: list[str]) -> dict[str, Any]:
     """Further options of ``run_pretraining.py``; the names must be among :data:`OPTIONS`, values numbers, texts or true/false.
 
-    YAML reads ``on`` and ``off`` without quotes as true and false: of :data:`WORDS` they become words again.
+    Of :data:`SWITCHES` they must be true or false, of :data:`WORDS` one of their words. YAML reads ``on`` and
+    ``off`` without quotes as true and false: of :data:`WORDS` they become words again.
     """
     options = {name: ("on" if value else "off") if name in WORDS and isinstance(value, bool) else value for name, value in options.items()}
     for name, value in options.items():
@@ -176,7 +183,18 @@ def read_options(options: Mapping[str, Any], where: str, problems: list[str]) ->
             problems.append(f"{where}: unknown option {name!r}{suggestion(name, OPTIONS)}")
         elif not isinstance(value, (str, int, float)):
             problems.append(f"{where}: option {name} must be a number, text or true/false, not {value!r}")
+        else:
+            problems += [f"{where}: {problem}" for problem in value_problems(name, value)]
     return options
+
+
+def value_problems(name: str, value: Any) -> list[str]:
+    """What is wrong with the value of one of :data:`WORDS` or :data:`SWITCHES`; of other options nothing is known here."""
+    if name in WORDS and value not in WORDS[name]:
+        return [f"option {name} {value!r} is not known{suggestion(value, WORDS[name])}"]
+    if name in SWITCHES and not isinstance(value, bool):
+        return [f"option {name} is a switch: it must be true or false, not {value!r}"]
+    return []
 
 
 def _named(value: Any, where: str, problems: list[str]) -> list[tuple[str, Any]]:

@@ -59,7 +59,7 @@ def validate(
         checker.attempt(check)
     for job in plan.jobs:
         if job.stage.startswith("phase"):
-            for of_phase in (checker.batch, checker.machine, checker.memory, checker.data, checker.time):
+            for of_phase in (checker.batch, checker.switches, checker.machine, checker.memory, checker.data, checker.time):
                 checker.attempt(of_phase, job, rows[int(job.stage[-1])])
     for check in (checker.start, checker.weights, checker.folders, checker.site):
         checker.attempt(check)
@@ -141,6 +141,11 @@ class _Checker:
             self.report.warnings.append(
                 f"{job.stage}: the row is of platform {row.platform.name}, the nodes of {self.cluster.file} are {self.cluster.platform}"
             )
+
+    def switches(self, job: Job, row: Row) -> None:
+        """Options against each other, the precision, the hardware and the cut of the batch."""
+        found = fitting.option_problems(row, fitting.given_options(row, self.run.extra))
+        self.report.errors += [f"{job.stage}: {problem}" for problem in found]
 
     def machine(self, job: Job, row: Row) -> None:
         """The GPUs of this machine, where the processes run on it: of several nodes all do."""

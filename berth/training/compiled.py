@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import shutil
 import sysconfig
@@ -32,6 +33,8 @@ from torch.fx.experimental import _config as shape_settings
 
 import modeling
 from berth.errors import TrainingError
+
+logger = logging.getLogger(__name__)
 
 MODES = ("off", "layers", "model")
 _LAYERS = (modeling.BertLayer, modeling.BertEmbeddings, modeling.BertPredictionTransform, modeling.BertPooler)
@@ -81,8 +84,10 @@ def compiling(how: str) -> Iterator[None]:
     except Exception as error:
         if not _of_the_compiler(error):
             raise
+        logger.error("torch.compile failed", exc_info=error)
         raise TrainingError(
-            f"--compile {how}: torch.compile failed ({first_line(error)}); train with --compile off, and please report it with the traceback"
+            f"--compile {how} (asked for, or chosen by --compile auto, the default): torch.compile failed ({first_line(error)}); train with "
+            "--compile off, and please report it with the traceback above"
         ) from error
 
 

@@ -58,10 +58,9 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
 
     Raises :class:`ConfigError` for a part that was asked for and cannot be had here, with the reason.
     """
+    reasons: list[str] = []
     if options.precision == "fp8":
-        _require("--precision fp8", fp8.obstacle(sharding) or fp8.unsupported(device))
-    notice = fp8.notice(device) if options.precision == "fp8" else None
-    reasons: list[str] = [] if notice is None else [notice]
+        reasons += _fp8(config, device, sharding)
 
     def chosen(flag: str, request: str, what: str, obstacle: Callable[[], str | None]) -> bool:
         if request == "off":
@@ -69,7 +68,7 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
             return False
         why = obstacle()
         if request == "on":
-            _require(f"{flag} on", why)
+            _require(f"{flag} on", why, f"{flag} auto goes on without")
         reasons.append(what if why is None else f"{what} off: {why}")
         return why is None
 
@@ -83,8 +82,13 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
     projections = chosen("--fused_qkv", options.fused_qkv, "fused projections", lambda: deepspeed or _no_projections(options, device))
     how = _compilation(options.compile, device, world_size, sharding, reasons)
     if options.cuda_graphs:
-        _require("--cuda_graphs", graphs.obstacle(sharding, device, checkpointing=options.checkpoint_activations))
+        why = graphs.obstacle(sharding, device, checkpointing=options.checkpoint_activations)
+        _require("--cuda_graphs", why or _few_recordings(options, unpad, world_size))
         reasons.append("CUDA graphs")
+    if options.no_copy_ahead:
+        reasons.append("copies ahead off: --no_copy_ahead")
+    elif device.type == "cuda":
+        reasons.append("copies ahead")
     return FastPath(
         unpad=unpad,
         compiled=how,
@@ -102,6 +106,18 @@ def attention_type(precision: str) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
+def _few_recordings(options: Options, unpad: bool, world_size: int) -> str | None:
+    """Why next to nothing would be recorded, None if most micro-batches are."""
+    if not unpad:
+        return "padded batches have a width of their own each time, so that hardly one is ever replayed; train with packed ones (--unpad)"
+    if world_size > 1 and options.gradient_accumulation_steps == 1:
+        return (
+            "with several processes the last micro-batch of a step communicates and is not recorded, and with --gradient_accumulation_steps 1 "
+            "there is no other; raise it (with --train_batch_size, which is of one process)"
+        )
+    return None
+
+
 def _no_projections(options: Options, device: torch.device) -> str | None:
     if options.precision == "fp8":
         return "fp8 has its own linear layers"
@@ -117,7 +133,7 @@ def _compilation(request: str, device: torch.device, world_size: int, sharding: 
         return "off"
     obstacle = "DeepSpeed's engine wraps the modules itself" if sharding == "deepspeed" else compiled.unsupported(device)
     if request != "auto":
-        _require(f"--compile {request}", obstacle)
+        _require(f"--compile {request}", obstacle, "--compile auto goes on without")
         if request == "model" and world_size > 1:
             raise ConfigError("--compile model: with several processes gradients are reduced layer by layer; use --compile layers")
         reasons.append(f"compiled ({request})")
@@ -132,6 +148,31 @@ def _compilation(request: str, device: torch.device, world_size: int, sharding: 
     return how
 
 
-def _require(what: str, obstacle: str | None) -> None:
+def _fp8(config: modeling.BertConfig, device: torch.device, sharding: str) -> list[str]:
+    """What the log says of fp8. Raises :class:`ConfigError` where it cannot be had, also because no layer has the sizes."""
+    if sharding == "deepspeed":
+        _require(
+            "--precision fp8",
+            "fp8 rounds whole weights, and DeepSpeed may cut them into pieces",
+            "leave --deepspeed out, or use --precision bf16",
+        )
+    _require("--precision fp8", fp8.obstacle(sharding))
+    with torch.device("meta"):
+        layer = modeling.BertLayer(config)
+    converted, layers = fp8.convert_linears(layer), config.num_hidden_layers
+    if not converted:
+        sizes = f"hidden_size {config.hidden_size} and intermediate_size {config.intermediate_size}"
+        _require(
+            "--precision fp8",
+            f"sizes must be multiples of {fp8.MULTIPLE}, and with {sizes} no layer has such",
+            "change them, or use --precision bf16",
+        )
+    _require("--precision fp8", fp8.unsupported(device), "use --precision bf16")
+    linears = sum(isinstance(module, torch.nn.Linear) for module in layer.modules())
+    notice = fp8.notice(device)
+    return [f"fp8: {converted * layers} of {linears * layers} linear layers of the encoder", *([] if notice is None else [notice])]
+
+
+def _require(what: str, obstacle: str | None, way_out: str = "") -> None:
     if obstacle is not None:
-        raise ConfigError(f"{what}: {obstacle}")
+        raise ConfigError(f"{what}: {obstacle}{way_out and '; '}{way_out}")

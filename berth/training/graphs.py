@@ -22,20 +22,28 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from berth.errors import TrainingError
 from berth.training.batches import MicroBatch
 from berth.training.compiled import first_line
+
+logger = logging.getLogger(__name__)
 
 MOST_GRAPHS = 16
 WARM_UPS = 2
 """Runs of a shape before it is recorded: libraries set up their workspaces, compiled kernels are built."""
 
 Run = Callable[[MicroBatch], None]
+
+
+class BrokenRecording(RuntimeError):
+    """A recording that could not be begun or ended: nothing is known of generators, memory and streams. ``__cause__`` is what was raised first."""
 
 
 class Backend(Protocol):
@@ -45,11 +53,17 @@ class Backend(Protocol):
         """Around work on the stream of recordings; what comes before and after is in order with it."""
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Record ``run``, which computes nothing now; the result launches it."""
+        """Record ``run``, which computes nothing now; the result launches it.
+
+        What ``run`` raises comes out when the recording has ended; :class:`BrokenRecording` when it could not be ended.
+        """
+
+    def all_gone(self) -> None:
+        """Nothing that was recorded is kept any more."""
 
 
 class CudaBackend:
-    """Streams and graphs of a CUDA device; one memory pool."""
+    """Streams and graphs of a CUDA device; one memory pool, which ends with its last graph."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -63,10 +77,27 @@ class CudaBackend:
         """See :class:`Backend`."""
         graph = torch.cuda.CUDAGraph()
         torch.clear_autocast_cache()  # a copy of a weight made before would be read for ever
-        # the thread that reads ahead may pin memory meanwhile, which the default mode takes for an error
-        with torch.cuda.graph(graph, pool=self._pool, stream=_stream(self.device), capture_error_mode="thread_local"):
-            run()
+        failure: Exception | None = None
+        try:
+            # NCCL's watchdog thread asks for events meanwhile, which the default mode takes for an error
+            with torch.cuda.graph(graph, pool=self._pool, stream=_stream(self.device), capture_error_mode="thread_local"):
+                try:
+                    run()
+                except Exception as error:
+                    failure = error
+        except Exception as error:
+            first = failure or error
+            raise BrokenRecording(str(first)) from first
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                failure = None  # it would keep this frame, and with it the pass's tensors, until the next garbage collection
         return graph.replay
+
+    def all_gone(self) -> None:
+        """See :class:`Backend`."""
+        self._pool = torch.cuda.graph_pool_handle()
 
 
 @functools.cache
@@ -109,6 +140,8 @@ class Graphs:
         most: graphs that are kept; the one not used for longest goes. Each time, the runs a shape needs before it is recorded double, so that
             a run with many shapes does not spend its time on recording.
         say: gets one sentence if recording fails; everything runs as written from then on.
+
+    Where the device is left in the middle of a recording, nothing can run any more: :meth:`run` raises :class:`TrainingError`.
     """
 
     def __init__(
@@ -131,6 +164,10 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def aside(self) -> contextlib.AbstractContextManager[Any]:
+        """Around passes that are never recorded, so that they run on the stream of those that are."""
+        return self._backend.aside()
+
     def run(self, micro: MicroBatch, run: Run) -> None:
         """Do what ``run(micro)`` does. ``run`` must do the same for every micro-batch of a shape, and keep nothing it computes."""
         if self.failed:
@@ -151,10 +188,14 @@ class Graphs:
     def _known(self, key: Hashable) -> _Recorded | None:
         gradients = [parameter.grad for parameter in self._parameters]
         if self._graphs and any(one is not other for one, other in zip(gradients, self._gradients, strict=True)):
-            self._graphs.clear()
+            self._forget()
         if key in self._graphs:
             self._graphs.move_to_end(key)
         return self._graphs.get(key)
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._backend.all_gone()
 
     def _recorded(self, key: Hashable, micro: MicroBatch, run: Run) -> _Recorded | None:
         gradients = [parameter.grad for parameter in self._parameters]
@@ -164,10 +205,16 @@ class Graphs:
             recorded = _Recorded(still.tensors(), self._backend.record(lambda: run(still)))
             if any(parameter.grad is not gradient for parameter, gradient in zip(self._parameters, gradients, strict=True)):
                 raise RuntimeError("a gradient was made anew while recording")
+        except BrokenRecording as error:
+            logger.error("recording a CUDA graph failed", exc_info=error)
+            raise TrainingError(
+                f"--cuda_graphs: recording broke off and left the GPU unusable ({first_line(error.__cause__ or error)}); run without --cuda_graphs, "
+                "and please report it with the traceback above"
+            ) from error
         except Exception as error:
             for parameter, gradient in zip(self._parameters, gradients, strict=True):
                 parameter.grad = gradient
-            self._graphs.clear()
+            self._forget()
             self.failed = True
             self._say(f"CUDA graphs are off: recording failed ({first_line(error)})")
             return None
@@ -193,12 +240,16 @@ def obstacle(sharding: str, device: torch.device, *, checkpointing: bool = False
         checkpointing: layers run again in the backward pass; they put the generator's state back, which no recording allows.
     """
     if device.type != "cuda":
-        return f"CUDA graphs need a GPU, this run is on {device.type}"
+        return f"CUDA graphs need a GPU, this run is on {device.type}; leave --cuda_graphs out"
     if sharding not in ("none", "zero1"):
-        return f"{sharding} communicates inside of the passes, which is not recorded"
+        way_out = "leave --deepspeed out" if sharding == "deepspeed" else "use --shard none or zero1"
+        return f"{sharding} communicates inside of the passes, which is not recorded; leave --cuda_graphs out, or {way_out}"
     if checkpointing:
-        return "--checkpoint_activations sets the random state inside of the backward pass, which cannot be recorded"
-    return _probed(device)
+        return (
+            "--checkpoint_activations sets the random state inside of the backward pass, which cannot be recorded; leave one of the two out"
+        )
+    found = _probed(device)
+    return None if found is None else f"{found}; leave --cuda_graphs out"
 
 
 @functools.cache
@@ -208,12 +259,24 @@ def _probed(device: torch.device) -> str | None:
 
 def probe(device: torch.device, backend: Backend) -> str | None:
     """Record a small model and compare three launches with eager runs; None if gradients agree and dropout differs, else why not."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        try:
-            return _trial(device, backend)
-        except Exception as error:
-            return f"recording a CUDA graph failed in a trial ({first_line(error)})"
+    failed = "recording a CUDA graph failed in a trial ({})"
+    found: str | None = None
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _generator(device).manual_seed(0)  # of this device only: torch.manual_seed would reach those that fork_rng does not put back
+            try:
+                found = _trial(device, backend)
+            except Exception as error:
+                found = failed.format(first_line(error.__cause__ if isinstance(error, BrokenRecording) and error.__cause__ else error))
+    except Exception as error:  # a broken recording lets nobody put the random state back
+        found = found or failed.format(first_line(error))
+    return found
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def _trial(device: torch.device, backend: Backend) -> str | None:

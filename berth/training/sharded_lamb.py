@@ -109,7 +109,7 @@ class ShardedLamb(optimization.Lamb):
             if self.max_grad_norm != float("inf"):
                 raise ValueError("ShardedLamb clips by the norm of the whole gradient: give step(grad_norm=...), or max_grad_norm=0")
             self.grad_norm = None
-            return torch.as_tensor(1.0 if grad_scale is None else grad_scale, device=self._device).double().reshape(())
+            return optimization.scalar(1.0 if grad_scale is None else grad_scale, self._device)
         return self._divisor([torch.empty(0, device=self._device)], grad_scale, grad_norm)
 
     def _directions(self, rule: optimization.Rule, pairs: list[tuple[Tensor, Tensor]], divisor: Tensor) -> list[_Piece]:

@@ -10,6 +10,7 @@ the gradient norm. Rejected: numbers handed to the model (each new count would b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -133,7 +134,7 @@ class TrainingStep:
         if self._settled:
             return
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), self._aside():
             self.parallel.settle(lambda: self._forward_backward(micro.to(self.device)))
         self._settled = True
 
@@ -143,8 +144,12 @@ class TrainingStep:
             with self.parallel.unreduced(), self.clock.silent():
                 self.graphs.run(micro, self._forward_backward)
         else:
-            with self.parallel.micro_batch(last):
+            with self._aside(), self.parallel.micro_batch(last):
                 self._forward_backward(micro)
+
+    def _aside(self) -> contextlib.AbstractContextManager[Any]:
+        """Around passes that are not recorded: beside recorded ones, on their stream, where DistributedDataParallel was made."""
+        return contextlib.nullcontext() if self.graphs is None else self.graphs.aside()
 
     def _forward_backward(self, micro: MicroBatch) -> None:
         with compiling(self.parallel.compiled):
@@ -166,7 +171,10 @@ class TrainingStep:
     def _count(self, correct: torch.Tensor | None, logits: torch.Tensor | None, micro: MicroBatch) -> None:
         if correct is None:
             assert logits is not None
-            correct = count_correct(logits.detach(), micro)
+            picked = next(
+                (part.dense_sequence_output for part in self.parallel.module.modules() if hasattr(part, "dense_sequence_output")), True
+            )
+            correct = count_correct(logits.detach(), micro, picked=bool(picked))
         self._losses.correct += correct
 
 
@@ -182,15 +190,13 @@ class MaskedLmTrainingStep(TrainingStep):
         self._count(output.mlm_correct, output.logits, micro)
 
 
-def count_correct(logits: torch.Tensor, micro: MicroBatch) -> torch.Tensor:
-    """How many masked tokens have the largest logit (0-dim). ``logits`` [M, V], or [B, S, V] or [T, V] of every position.
+def count_correct(logits: torch.Tensor, micro: MicroBatch, *, picked: bool) -> torch.Tensor:
+    """How many masked tokens have the largest logit (0-dim). ``logits`` [M, V] where ``picked``, else [B, S, V] or [T, V] of every position.
 
     A label below 0 (surplus entries of a packed micro-batch) is never right.
     """
-    if logits.dim() == 3:
-        logits = logits.flatten(0, 1)
-    if logits.shape[0] != micro.masked_index.shape[0]:
-        logits = logits[micro.masked_index]
+    if not picked:
+        logits = logits.flatten(0, -2)[micro.masked_index]
     labels = micro.labels.flatten()[micro.masked_index]
     if logits.device.type == "cpu":  # argmax reads at half the speed of amax there: only where the label may be it
         likely = logits.gather(1, labels[:, None].clamp(min=0)).squeeze(1) >= logits.amax(1)

@@ -119,7 +119,7 @@ def copier(device: torch.device) -> Copier:
 def prefetched(
     micro_batches: Iterable[MicroBatch], device: torch.device, ahead: int = 1, using: Copier | None = None
 ) -> Iterator[MicroBatch]:  # fmt: skip
-    """``micro_batches`` on ``device``, in their order.
+    """``micro_batches`` (of one step: nothing is copied while the step before is computed) on ``device``, in their order.
 
     Args:
         ahead: how many are under way while the caller works on one. 0 copies each with plain calls when it is asked for.

@@ -1,5 +1,6 @@
 """The benchmarks of a GPU session run, compare before they time, and say what went wrong; sizes are tiny, times are not looked at."""
 
+import importlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -190,7 +192,7 @@ def test_whole_steps_are_compared_timed_and_written(config, tmp_path):
             assert full == pytest.approx(side["sequences_per_second"], rel=0.02) if fill == "1.0" else full < side["sequences_per_second"]
         assert result["sides"]["hf"]["speedup"] == 1
     assert "--unpad off" in " ".join(report["commands"]["berth-plain"]) and "--unpad off" not in " ".join(report["commands"]["berth"])
-    assert "<work>/timed.json" in report["commands"]["berth"]
+    assert "<work>/timed.json" in report["commands"]["berth"] and str(tmp_path) not in json.dumps(report)
     assert report["profile"]["groups"] and report["profile"]["busy_us"] > 0
     assert "berth-plain" in done.stdout and "of them idle" in done.stdout
 
@@ -245,12 +247,78 @@ def test_gradients_that_differ_or_are_not_finite_are_seen():
             gpu_pretrain.compare({**found, "sides": {"hf": good, "berth": wrong}}, "berth")
 
 
+@pytest.mark.parametrize(
+    ("graphs", "said"),
+    [(None, None), ((2, False), {"recorded": 2, "failed": False}), ((0, False), "nothing was recorded"), ((0, True), "recording failed")],
+)
+def test_a_side_that_was_to_be_recorded_and_was_not_is_not_timed(graphs, said):
+    class Graphs:
+        def __init__(self, count, failed):
+            self.count, self.failed = count, failed
+
+        def __len__(self):
+            return self.count
+
+    side = types.SimpleNamespace(name="berth", run=types.SimpleNamespace(step=types.SimpleNamespace(graphs=graphs and Graphs(*graphs))))
+    if not isinstance(said, str):
+        assert gpu_pretrain.recorded(side) == said
+        return
+    with pytest.raises(TrainingError, match=f"berth --cuda_graphs: {said}"):
+        gpu_pretrain.recorded(side)
+
+
 def test_ceilings_are_numbers_of_the_device():
     device = torch.device("cpu")
     before = torch.get_float32_matmul_precision()
     assert gpu_common.matmul_tflops(device, "tf32", 64, repeats=2) > 0 and gpu_common.matmul_tflops(device, "bf16", 64, repeats=2) > 0
     assert torch.get_float32_matmul_precision() == before
     assert gpu_common.copy_gbps(device, 1, repeats=2) > 0
+
+
+# -- parts by themselves ----------------------------------------------------------------------------------------------------------------
+
+ALONE = ("attention", "cross_entropy", "gpu_lamb", "cpu_step", "fp8_curve", "data_wait")
+
+
+def usage_error(script, arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(script).parse_args([str(word) for word in arguments])
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("scripts", "arguments", "said"),
+    [
+        (ALONE[:3], ["--device", "foo"], "argument --device: invalid choice"),
+        (ALONE[:4], ["--rounds", "0"], "--rounds 0: must be at least 1"),
+        (ALONE[:5], ["--threads", "0"], "--threads 0: must be at least 1"),
+        (["cross_entropy"], ["--rows", "16", "0"], "--rows 0: must be at least 1"),
+        (["cpu_step"], ["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["data_wait"], ["--records", "nowhere"], "--records nowhere: does not exist; give a folder"),
+        (["data_wait"], ["--records", ROOT, "--num_workers", "-1"], "--num_workers -1: must be at least 0"),
+        (["data_wait"], ["--records", ROOT, "--rates", "0"], "--rates and --seconds must be positive"),
+    ],
+)
+def test_wrong_arguments_of_the_others_are_named(scripts, arguments, said, capsys):
+    for script in scripts:
+        assert said in usage_error(script, arguments, capsys), script
+
+
+def test_a_gpu_that_is_not_there_is_a_usage_error(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for script in ALONE[:3]:
+        assert "--device cuda: torch finds no GPU here; use --device cpu" in usage_error(script, ["--device", "cuda"], capsys)
+
+
+def test_defaults_in_the_help_are_no_paths_of_a_machine(capsys, monkeypatch):
+    """As seen from the folder where the user is; and they are where the results of the project lie."""
+    monkeypatch.chdir(ROOT)
+    for script in ALONE:
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args(["--help"])
+        shown = re.sub(r"\s+", "", capsys.readouterr().out)
+        assert str(ROOT) not in shown and "benchmarks/results/" in shown, script
 
 
 # -- the tuner -------------------------------------------------------------------------------------------------------------------------
@@ -352,7 +420,8 @@ def test_the_row_is_one_the_launcher_reads(phase, recipe, tmp_path):
     matrix = load_matrix()
     args = tune_arguments(tmp_path / "t.json", "--phase", phase, "--recipe", recipe)
     known = {row.micro_batch for row in matrix.rows if row.platform.name == "dgx-h200" and row.phase == phase}
-    size = next(size for size in (32, 16, 8, 4, 2) if size not in known)
+    most = tune.base_row(args, matrix).train_batch_size // 2  # with one micro-batch a step nothing is recorded
+    size = next(size for size in (32, 16, 8, 4, 2) if size not in known and size <= most)
     best = (("compile", "off"), ("cuda_graphs", True))
     report = tune.tune(
         args,
@@ -366,6 +435,39 @@ def test_the_row_is_one_the_launcher_reads(phase, recipe, tmp_path):
     assert dict(row.options) == dict(best)
     written = json.loads((tmp_path / "t.json").read_text(encoding="utf-8"))
     assert written["best"]["micro_batch"] == size and len(written["candidates"]) >= 5
+
+
+def test_several_processes_are_tuned_with_what_they_can_use(tmp_path):
+    """Layer by layer is how they compile, so that only off is tried; no graphs with one micro-batch a step, or with padded batches."""
+    row = tune.base_row(tune_arguments(tmp_path / "t.json"), load_matrix())
+    alone = tune.base_row(tune_arguments(tmp_path / "t.json", "--ranks_per_node", 1), load_matrix())
+    assert row.world_size > 1 == alone.world_size
+    assert tune.switches_of(row)["compile"] == ("off",) and tune.switches_of(alone) == tune.SWITCHES["cuda"]
+    graphs, whole = (("cuda_graphs", True),), row.train_batch_size
+    assert tune.possible(row, tune.Candidate(whole // 2, graphs)) and tune.possible(row, tune.Candidate(whole))
+    assert not tune.possible(row, tune.Candidate(whole, graphs)) and tune.possible(alone, tune.Candidate(alone.train_batch_size, graphs))
+    assert not tune.possible(row, tune.Candidate(1, (*graphs, ("unpad", "off"))))
+    search, log = search_with(lambda size, options: size + bool(options), sizes=(4, 8), switches={"cuda_graphs": (True,)})
+    search.possible = lambda candidate: candidate.micro_batch < 8 or not candidate.options
+    assert search.run() and log == [tune.Candidate(4), tune.Candidate(8)]
+
+
+@pytest.mark.parametrize(("ranks", "told"), [(None, ["--compile layers", "--compile off"]), (1, ["", "--compile off"])])
+def test_a_candidate_of_several_processes_is_compiled_as_they_are(ranks, told, tmp_path):
+    args = tune_arguments(tmp_path / "t.json", *([] if ranks is None else ["--ranks_per_node", ranks]))
+    args.sequences, row = 64, tune.base_row(args, load_matrix())
+    program = [sys.executable, "-c", "import sys; print(sys.argv[-1]); raise SystemExit(3)"]
+    for options, said in zip(((), (("compile", "off"),)), told, strict=True):
+        outcome = tune.measure_in_process(tune.Candidate(8, options), args, row, program, 60)
+        assert outcome.note == f"exit code 3: --run_options={said}"
+
+
+def test_the_report_of_the_tuner_names_no_folder(tmp_path):
+    (tmp_path / "more.yml").write_text("rows: []\n", encoding="utf-8")
+    args = tune_arguments(tmp_path / "t.json", "--matrix", tmp_path / "more.yml", "--model", tmp_path / "sizes.json")
+    report = tune.tune(args, load_matrix(), fake(lambda size, options: 1.0))
+    assert report["options"]["matrix"] == ["more.yml"] and report["options"]["model"] == "sizes.json"
+    assert str(tmp_path) not in (tmp_path / "t.json").read_text(encoding="utf-8")
 
 
 def test_a_row_that_is_there_already_is_named(tmp_path):
@@ -453,6 +555,23 @@ def test_the_suite_goes_on_after_a_failure_and_keeps_what_is_there(tmp_path):
     assert "the reason" in page and "| slow | stopped after 3 s |" in page
     late = gpu_suite.run_all(wanted[:1], tmp_path, minutes=1e-6)
     assert late["parts"]["good"]["status"] == "no time left"
+
+
+def test_what_a_part_says_names_no_folder_of_this_machine(tmp_path):
+    found = gpu_suite.run_part(part("says", f"print({str(tmp_path / 'x')!r}, {str(ROOT / 'modeling.py')!r})"), tmp_path, 30)
+    assert found["said"] == ["<out>/x ./modeling.py"]
+
+
+def test_a_part_whose_time_is_up_says_what_it_has_found(tmp_path, monkeypatch):
+    """Interrupted first, as pytest wants it to print failures; killed when it takes no notice."""
+    monkeypatch.setattr(gpu_suite, "GRACE", 1.0)
+    says = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('three failures')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    for body, said in ((says, "three failures"), (deaf, "deaf")):
+        found = gpu_suite.run_part(
+            part("late", f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{body}"), tmp_path, 2
+        )
+        assert found["status"] == "stopped after 2 s" and found["said"][-1] == said and found["seconds"] < 30
 
 
 def test_a_suite_that_is_stopped_ends_its_part_and_keeps_the_others(tmp_path):

@@ -213,12 +213,17 @@ def compile_for_hopper():
 
     pointers = {"table": "*i64", "blocks": "*i32", "control": "*fp32", "sums": "*fp32", "starts": "*i32", "ratios": "*fp32"}
 
+    def vectors(word):
+        """Operation and space, of vectors the bytes, too: how they are cut and cached differs between versions."""
+        parts = re.match(r"(\w+\.\w+).*?(?:\.v(\d)\.[a-z](\d+))?$", word)
+        return word if parts is None else parts[1] + (f" {int(parts[2]) * int(parts[3]) // 8}" if parts[2] else "")
+
     def instructions(kernel, constants):
         types = {name: "constexpr" if name in constants else pointers.get(name, "fp32") for name in kernel.arg_names}
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in pointers}
         source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
         ptx = compiled(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": lamb._WARPS}).asm["ptx"]
-        return Counter(re.findall(r"(?:ld|st)\.global(?:\.v4)?|(?:ld|st)\.local|atom", ptx))
+        return Counter(vectors(word) for word in re.findall(r"(?:ld|st)\.(?:global|local)[\w:.]*|atom", ptx))
 
     shape = {"VECTOR": 4, "BLOCK": lamb._BLOCK}
     return {
@@ -283,14 +288,14 @@ def test_what_it_does_not_take_and_steps_that_do_nothing(measured):
 
 
 def test_compiled_for_a_gpu_memory_is_read_16_bytes_at_a_time(tmp_path):
-    """Each array is read and written as often as the bytes in the module's docstring say; nothing spills, nothing is atomic."""
+    """Whatever Triton makes of it: vectors where four elements are promised to be aligned and none elsewhere, arrays in the proportions the
+    module's docstring counts bytes with (reads to writes 4 : 2, 4 : 3, 3 : 1), nothing spills, nothing is atomic."""
     found = run_this_file("compile", interpreted=False, cache=tmp_path)
-    per_array = 4  # 2048 elements, 128 threads, 4 elements a load
-    assert (found["trust"]["ld.global.v4"], found["trust"]["st.global.v4"]) == (4 * per_array, 2 * per_array)
-    assert (found["plain"]["ld.global.v4"], found["plain"]["st.global.v4"]) == (4 * per_array, 3 * per_array)
-    assert (found["apply"]["ld.global.v4"], found["apply"]["st.global.v4"]) == (3 * per_array, per_array)
-    assert "ld.global.v4" not in found["single"]
-    assert not any(name in counts for counts in found.values() for name in ("ld.local", "st.local", "atom"))
+    for kernel, (reads, writes) in {"trust": (4, 2), "plain": (4, 3), "apply": (3, 1)}.items():
+        loads, stores = (found[kernel].get(f"{which}.global 16", 0) for which in ("ld", "st"))
+        assert loads and loads * writes == stores * reads, (kernel, found[kernel])
+    assert not any(" " in instruction for instruction in found["single"])
+    assert not any(name.startswith(("ld.local", "st.local", "atom")) for counts in found.values() for name in counts)
 
 
 def test_the_guard_is_declared():

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from berth.launch.matrix import SLURM, load_matrix
-from berth.launch.recipes import OPTIMIZERS, OPTIONS, PRECISIONS, SCHEDULES, PhaseRecipe, read_options, read_platforms, read_recipes
+from berth.launch.recipes import (
+    OPTIMIZERS,
+    OPTIONS,
+    PRECISIONS,
+    SCHEDULES,
+    SWITCHES,
+    WORDS,
+    PhaseRecipe,
+    read_options,
+    read_platforms,
+    read_recipes,
+)  # fmt: skip
 
 PHASE = {
     "max_seq_length": 128, "max_predictions_per_seq": 20, "max_steps": 10, "global_batch": 64, "learning_rate": 1e-2,
@@ -159,3 +170,27 @@ def test_on_and_off_without_quotes_are_words():
         "compile": "off", "unpad": "on", "fused_loss": "off", "cuda_graphs": True, "no_copy_ahead": False,
     }  # fmt: skip
     assert not problems
+
+
+def test_words_and_switches_are_those_of_run_pretraining() -> None:
+    """Every switch among the options is known as one, and every option that can be `off` has the words of its flag."""
+    from berth.training import options
+
+    flags = {name: options.build_parser()._option_string_actions[f"--{name}"] for name in OPTIONS}
+    assert {name for name, flag in flags.items() if flag.nargs == 0} == set(SWITCHES)
+    assert {name: tuple(flag.choices) for name, flag in flags.items() if flag.choices and "off" in flag.choices} == WORDS
+
+
+def test_values_that_are_none_are_named() -> None:
+    values = yaml.safe_load(
+        "{compile: on, unpad: maybe, fused_loss: 1, cuda_graphs: 'yes', no_copy_ahead: 0, weight_decay: 0.1, whole_word_mask: on}"
+    )
+    problems: list[str] = []
+    read_options(values, "row", problems)
+    assert problems == [
+        "row: option compile 'on' is not known; valid: auto, off, layers, model",
+        "row: option unpad 'maybe' is not known; valid: auto, on, off",
+        "row: option fused_loss 1 is not known; valid: auto, on, off",
+        "row: option cuda_graphs is a switch: it must be true or false, not 'yes'",
+        "row: option no_copy_ahead is a switch: it must be true or false, not 0",
+    ]

@@ -1,5 +1,5 @@
 """What tests of compilation and graphs share; and one rank of theirs (``fast_ranks.py RANK FOLDER``, two of them): sharded_ranks' model and
-batches, with compiled layers and with micro-batches on a device that pretends to record, beside the same without."""
+sequences, packed, with compiled layers and with micro-batches on a device that pretends to record, beside the same without."""
 
 import contextlib
 import datetime
@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from berth.records.rows import Rows
 from berth.training.backends import Choice
-from berth.training.batches import MicroBatch
+from berth.training.batches import to_packed
 from berth.training.compiled import compiling
 from berth.training.distributed import Communicator, Rank
 from berth.training.graphs import Graphs
@@ -20,7 +21,7 @@ from berth.training.parallel import Recipe, Replicated
 from berth.training.sharded import FullySharded, Zero1
 
 ALONE = Communicator(Rank(), torch.device("cpu"), datetime.timedelta(seconds=1))
-STEPS, ACCUMULATION = 3, 3
+STEPS, ACCUMULATION = 2, 3
 COMPILED, GRAPHED = ("none", "zero3"), ("none", "zero1")
 
 
@@ -28,12 +29,18 @@ class Pretended:
     """A backend of Graphs that records by keeping the function. Like CUDA it runs nothing while it records."""
 
     def __init__(self):
-        self.recorded = self.launched = self.aside_entered = 0
+        self.recorded = self.launched = self.aside_entered = self.emptied = 0
+        self.inside = False
 
     @contextlib.contextmanager
     def aside(self):
         self.aside_entered += 1
+        self.inside = True
         yield
+        self.inside = False
+
+    def all_gone(self):
+        self.emptied += 1
 
     def record(self, run):
         self.recorded += 1
@@ -51,6 +58,7 @@ def _sharded_ranks():
     module = importlib.util.module_from_spec(spec)
     sys.modules["sharded_ranks"] = module  # its dataclasses look their module up there
     spec.loader.exec_module(module)
+    module.CONFIG["num_hidden_layers"] = 1
     return module
 
 
@@ -64,16 +72,19 @@ def spread(ranks, here, stage, **options):
 
 
 def micro_batches(ranks, here, step):
-    """This rank's share of sharded_ranks' global batch, and how many tokens of that are masked."""
-    data = ranks.batch(step)
-    rows = ranks.SEQUENCES // here.world_size // ACCUMULATION
-    made = []
-    for number in range(ACCUMULATION):
-        begin = (here.rank * ACCUMULATION + number) * rows
-        share = {name: value[begin : begin + rows] for name, value in data.items()}
-        index = (share["labels"].flatten() != -100).nonzero().squeeze(1)
-        share["attention_mask"] = share["attention_mask"].bool()
-        made.append(MicroBatch(**share, masked_index=index, masked=len(index)))
+    """This rank's share of sharded_ranks' global batch, packed, and how many tokens of that are masked."""
+    data = {name: value.numpy() for name, value in ranks.batch(step).items()}
+    rows = Rows.zeros(ranks.SEQUENCES, ranks.LENGTH, ranks.LENGTH)
+    rows.input_ids[:], rows.input_mask[:], rows.segment_ids[:] = data["input_ids"], data["attention_mask"], data["token_type_ids"]
+    rows.next_sentence_labels[:] = data["next_sentence_label"]
+    data["labels"][:, 0] = -100  # [CLS]: never masked
+    for row, labels in enumerate(data["labels"]):
+        places = (labels != -100).nonzero()[0]
+        rows.masked_lm_positions[row, : len(places)], rows.masked_lm_ids[row, : len(places)] = places, labels[places]
+    size = ranks.SEQUENCES // here.world_size // ACCUMULATION
+    first = here.rank * ACCUMULATION
+    cuts = [slice(number * size, (number + 1) * size) for number in range(first, first + ACCUMULATION)]
+    made = [to_packed(rows.take(cut), max_seqlen=ranks.LENGTH).to(here.device) for cut in cuts]
     return made, int((data["labels"] != -100).sum())
 
 

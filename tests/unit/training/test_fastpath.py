@@ -24,7 +24,7 @@ def config(tmp_path) -> modeling.BertConfig:
 
 @pytest.fixture
 def chosen(tmp_path, config):
-    def choose(*words: str, device=CPU, world=1, sharding="none") -> FastPath:
+    def choose(*words: str, device=CPU, world=1, sharding="none", config=config) -> FastPath:
         options = parse_options(["--input_dir", "r", "--config_file", __file__, "--output_dir", str(tmp_path / "out"), *words])
         return decide(options, config, device, world, sharding)
 
@@ -58,6 +58,7 @@ def test_every_part_has_an_off_position(chosen, every_kernel_works):
             "--fused_loss off",
             "--fused_qkv off",
             "--compile off",
+            "--no_copy_ahead",
         ]
 
 
@@ -66,7 +67,33 @@ def test_on_a_gpu_everything_but_graphs_is_on(chosen, every_kernel_works):
     assert fast == FastPath(True, "model", False, True, True, False, 1)
     assert chosen("--precision", "bf16", "--cuda_graphs", device=GPU).cuda_graphs
     assert chosen("--precision", "bf16", device=GPU, world=2).compiled == "layers"
-    assert chosen("--precision", "fp8", device=GPU) == FastPath(True, "model", False, True, False, True, 1)
+    fast = chosen("--precision", "fp8", device=GPU)
+    assert fast == FastPath(True, "model", False, True, False, True, 1)
+    assert "fp8: 12 of 12 linear layers of the encoder" in fast.reasons and "copies ahead" in fast.reasons
+
+
+def test_fp8_that_would_convert_nothing_is_refused(chosen, every_kernel_works, config):
+    """Sizes that are no multiples of 16: none is an error that names them, some are counted."""
+    config = dataclasses.replace(config, intermediate_size=72)
+    assert "fp8: 8 of 12 linear layers of the encoder" in chosen("--precision", "fp8", device=GPU, config=config).reasons
+    config = dataclasses.replace(config, hidden_size=40)
+    with pytest.raises(ConfigError, match="multiples of 16.* hidden_size 40 and intermediate_size 72 .*--precision bf16"):
+        chosen("--precision", "fp8", device=GPU, config=config)
+
+
+@pytest.mark.parametrize(
+    ("words", "sharding", "fix"),
+    [
+        (("--precision", "fp8", "--deepspeed"), "deepspeed", "leave --deepspeed out, or use --precision bf16"),
+        (("--precision", "fp8", "--fused_qkv", "on"), "none", "--fused_qkv auto goes on without"),
+        (("--fused_loss", "on", "--deepspeed"), "deepspeed", "--fused_loss auto goes on without"),
+        (("--compile", "layers", "--deepspeed"), "deepspeed", "--compile auto goes on without"),
+        (("--precision", "tf32", "--unpad", "on"), "none", "--unpad auto goes on without"),
+    ],
+)
+def test_what_is_refused_comes_with_a_way_out(chosen, every_kernel_works, words, sharding, fix):
+    with pytest.raises(ConfigError, match=fix):
+        chosen(*words, device=GPU, world=1 if sharding == "none" else 2, sharding=sharding)
 
 
 def test_fp32_on_a_gpu_is_padded_and_says_why(chosen, every_kernel_works):
@@ -109,6 +136,18 @@ def test_compilation_without_a_compiler_is_an_error_only_where_it_was_asked_for(
 def test_fp8_is_refused_where_weights_are_in_pieces(chosen, sharding):
     with pytest.raises(ConfigError, match="--precision fp8"):
         chosen("--precision", "fp8", world=2, sharding=sharding)
+
+
+def test_graphs_that_would_hardly_replay_are_refused(chosen, every_kernel_works):
+    """Padded batches differ in width; on several processes the last micro-batch of a step is never recorded."""
+    several = ("--train_batch_size", "8", "--gradient_accumulation_steps")
+    for words in (("--unpad", "off"), ("--precision", "tf32")):
+        with pytest.raises(ConfigError, match=r"--cuda_graphs: padded batches .*\(--unpad\)"):
+            chosen("--precision", "bf16", "--cuda_graphs", *words, device=GPU)
+    with pytest.raises(ConfigError, match=r"--cuda_graphs: with several processes .*--gradient_accumulation_steps 1 .*raise it"):
+        chosen("--precision", "bf16", "--cuda_graphs", *several, "1", device=GPU, world=2)
+    for accumulation, world in (("1", 1), ("2", 2)):
+        assert chosen("--precision", "bf16", "--cuda_graphs", *several, accumulation, device=GPU, world=world).cuda_graphs
 
 
 def test_kernels_that_fall_back_are_mentioned(chosen, monkeypatch):

@@ -3,17 +3,19 @@
 What CUDA itself does is tested on a GPU only (the last tests); here, that inputs are copied, shapes told apart, nothing counted twice or lost."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
 
 import modeling
 import optimization
+from berth.errors import TrainingError
 from berth.records.reader import SampleStream, open_index
 from berth.training import graphs
 from berth.training.backends import choose
 from berth.training.batches import BatchPlan, MicroBatch
-from berth.training.graphs import WARM_UPS, Graphs, obstacle, probe, shape_key
+from berth.training.graphs import WARM_UPS, BrokenRecording, Graphs, obstacle, probe, shape_key
 from berth.training.metrics import StepClock
 from berth.training.parallel import Recipe, Replicated
 from berth.training.precision import make_precision
@@ -141,6 +143,7 @@ def test_a_gradient_in_new_memory_makes_graphs_void():
     model.parameter.grad = torch.zeros(())
     recorder.run(micro_batch(8, seed=3), model.run)
     assert backend.recorded == 2 and model.total == int(micro_batch(8, seed=3).input_ids.sum())
+    assert backend.emptied == 1, "memory of graphs that are gone is not recorded into again"
 
 
 @pytest.mark.parametrize("fault", ["raises", "makes a gradient"])
@@ -165,14 +168,88 @@ def test_when_recording_fails_all_runs_as_written(fault):
     assert len(said) == 1 and "CUDA graphs are off" in said[0] and "\n" not in said[0]
 
 
+def test_a_recording_that_cannot_be_ended_ends_the_run(caplog):
+    """Eager execution after it would crash at the next dropout; what is said is the error that came first, and what to do."""
+    model, backend, said = Sum(), Pretended(), []
+
+    def record(run):
+        raise BrokenRecording("capture is invalid") from ValueError("nonzero waits for the device")
+
+    backend.record = record
+    recorder = Graphs([model.parameter], CPU, backend=backend, say=said.append)
+    for _ in range(WARM_UPS):
+        recorder.run(micro_batch(8), model.run)
+    with pytest.raises(TrainingError, match=r"ValueError: nonzero waits for the device\).*run without --cuda_graphs") as caught:
+        recorder.run(micro_batch(8), model.run)
+    assert isinstance(caught.value.__cause__, BrokenRecording) and not said and "Traceback" in caplog.text
+    assert len(model.seen) == WARM_UPS, "nothing ran after it"
+
+
+class Capture:
+    """In place of ``torch.cuda.graph``: ``fails`` to begin or to end, or does neither."""
+
+    def __init__(self, fails=""):
+        self.fails, self.ended = fails, False
+
+    def __call__(self, graph, **options):
+        assert options["capture_error_mode"] == "thread_local"
+        return self
+
+    def __enter__(self):
+        if self.fails == "begin":
+            raise RuntimeError("another capture is under way")
+
+    def __exit__(self, *_):
+        self.ended = True
+        if self.fails == "end":
+            raise RuntimeError("capture was invalidated")
+
+
+@pytest.mark.parametrize(
+    ("fails", "raised", "broken", "said"),
+    [
+        ("", ValueError("in the model"), False, "in the model"),
+        ("", torch.OutOfMemoryError("too large"), False, "too large"),
+        ("end", ValueError("in the model"), True, "in the model"),
+        ("end", None, True, "capture was invalidated"),
+        ("begin", None, True, "another capture"),
+        ("", None, False, ""),
+    ],
+)
+def test_cuda_tells_errors_inside_of_a_recording_from_those_of_its_end(fails, raised, broken, said, monkeypatch):
+    """A model's own error leaves CUDA as it was; an invalidated capture does not, and names what invalidated it."""
+    capture = Capture(fails)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(graphs, "_stream", lambda device: None)
+    backend = graphs.CudaBackend(torch.device("cuda", 0))
+
+    def run():
+        if raised is not None:
+            raise raised
+
+    if not said:
+        assert backend.record(run) == "replay" and capture.ended
+        return
+    with pytest.raises(BrokenRecording if broken else type(raised), match=said) as caught:
+        backend.record(run)
+    assert capture.ended == (fails != "begin")
+    assert not broken or str(caught.value.__cause__).startswith(said)
+    first = backend._pool
+    backend.all_gone()
+    assert backend._pool is not first
+
+
 def test_what_stands_in_the_way():
-    assert "need a GPU" in obstacle("none", CPU)
+    assert "need a GPU" in obstacle("none", CPU) and "leave --cuda_graphs out" in obstacle("none", CPU)
     cuda = torch.device("cuda", 0)
     assert "zero2" in obstacle("zero2", cuda) and "zero3" in obstacle("zero3", cuda) and "deepspeed" in obstacle("deepspeed", cuda)
+    assert "use --shard none or zero1" in obstacle("zero2", cuda) and "leave --deepspeed out" in obstacle("deepspeed", cuda)
     assert "--checkpoint_activations" in obstacle("none", cuda, checkpointing=True)
 
 
-def test_the_trial_finds_a_device_that_does_as_it_should_and_those_that_do_not():
+def test_the_trial_finds_a_device_that_does_as_it_should_and_those_that_do_not(monkeypatch):
     class Repeats(Pretended):
         """Draws the same numbers at every launch."""
 
@@ -190,12 +267,24 @@ def test_the_trial_finds_a_device_that_does_as_it_should_and_those_that_do_not()
         def record(self, run):
             raise RuntimeError("not here")
 
+    class Breaks(Pretended):
+        """Cannot end what it began, and the random state cannot be put back either."""
+
+        def record(self, run):
+            monkeypatch.setattr(torch, "set_rng_state", lambda state: 1 / 0)
+            raise BrokenRecording("invalidated") from ValueError("the model's fault")
+
     state = torch.get_rng_state()
-    assert probe(CPU, Pretended()) is None
+    seeded = []
+    monkeypatch.setattr(torch, "manual_seed", seeded.append)
+    assert probe(CPU, Pretended()) is None and not seeded, "other devices keep their random state"
     assert "dropout" in probe(CPU, Repeats())
     assert "gradients" in probe(CPU, Stale())
     assert "not here" in probe(CPU, Refuses())
     assert torch.equal(torch.get_rng_state(), state)
+    with monkeypatch.context() as monkeypatch:
+        assert "ValueError: the model's fault" in probe(CPU, Breaks())
+    torch.set_rng_state(state)
 
 
 def build(precision="fp32", backend=None, config=CONFIG, fused=False):
@@ -235,6 +324,20 @@ def test_training_with_graphs_is_training_without(stream, precision, unpad):
         assert one.grad_norm == other.grad_norm and not one.skipped
     assert backend.launched >= 3
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
+def test_passes_of_several_processes_share_one_stream(stream):
+    """What is never recorded (the pass that settles DistributedDataParallel, the last micro-batch of a step) runs aside, as what is."""
+    backend = Pretended()
+    _, step = build(backend=backend)
+    step.world_size = 2  # as far as the step knows
+    passed = []
+    inner = step._forward_backward
+    step._forward_backward = lambda micro: (passed.append(backend.inside), inner(micro))
+    settled, step.parallel.settle = [], lambda backward: settled.append(backend.inside)
+    batch = BatchPlan(24, 8, 3, 0, 1, unpad=True, few_shapes=True).build(stream, 0)
+    step(batch, 1, batch.masked, 24)
+    assert settled == [True] and passed == [True] * 3 and not backend.inside
 
 
 def test_dropout_follows_the_seed_of_the_step(stream):

@@ -126,3 +126,17 @@ def test_sharding_and_reduction(required, tmp_path):
         )
     for words in ("--shard zero1 and --deepspeed exclude", "no.json does not exist", "contradicts --reduce_dtype bf16"):
         assert words in str(caught.value)
+
+
+def test_help_says_a_default_once_and_only_where_there_is_one():
+    parser = build_parser()
+    for action in parser._actions:
+        if action.help == "==SUPPRESS==":
+            continue
+        text = parser._get_formatter()._expand_help(action)
+        said = text.count("(default:")
+        assert said <= 1 and (not said or re.search(r"\(default: [^()]+\)$", text)), text
+        assert "(default: None)" not in text and "(default: False)" not in text
+    texts = {action.dest: parser._get_formatter()._expand_help(action) for action in parser._actions}
+    for name, default in (("precision", "fp32"), ("reduce_dtype", "fp32"), ("unpad", "auto"), ("seed", "42"), ("weight_decay", "0.01")):
+        assert texts[name].endswith(f"(default: {default})")

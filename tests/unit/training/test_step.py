@@ -15,7 +15,7 @@ import optimization
 from berth.records.reader import SampleStream, open_index
 from berth.training import parallel as parallel_module
 from berth.training.backends import choose
-from berth.training.batches import BatchPlan
+from berth.training.batches import BatchPlan, MicroBatch
 from berth.training.distributed import Communicator, Rank
 from berth.training.evaluate import HeldOut
 from berth.training.metrics import StepClock
@@ -280,13 +280,41 @@ def test_surplus_entries_are_never_counted(every_position):
     labels = torch.tensor([-100, 4, -100, 2, -100])
     micro = types.SimpleNamespace(labels=labels, masked_index=torch.tensor([1, 3, 0, 0]))
     logits = F.one_hot(torch.tensor([0, 4, 1, 3, 0]), 5).float()
-    assert int(count_correct(logits if every_position else logits[micro.masked_index], micro)) == 1
+    assert int(count_correct(logits if every_position else logits[micro.masked_index], micro, picked=not every_position)) == 1
+
+
+@pytest.mark.parametrize("every_position", [False, True])
+def test_as_many_labels_as_positions_are_told_from_logits_of_every_position(every_position):
+    """M = T, the index not in order: shapes say nothing, the caller does."""
+    labels, index = torch.tensor([3, -100, 2]), torch.tensor([0, 2, 1])
+    logits = F.one_hot(torch.tensor([3, 0, 2]), 5).float()
+    micro = types.SimpleNamespace(labels=labels, masked_index=index)
+    assert int(count_correct(logits if every_position else logits[index], micro, picked=not every_position)) == 2
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_step_knows_whether_its_model_picks_positions(dense):
+    """A packed micro-batch of 16 tokens with 16 entries in its index: hits are those of the labels."""
+    model, step = build()
+    model.dense_sequence_output = dense
+    ids, index = torch.arange(5, 21), torch.tensor([1, 15, *[0] * 14])
+    labels = torch.full((16,), -100)
+    micro = MicroBatch(
+        ids, torch.zeros_like(ids), labels, torch.zeros(1, dtype=torch.int64), index, 2,
+        position_ids=torch.arange(16), cu_seqlens=torch.tensor([0, 16], dtype=torch.int32), max_seqlen=16,
+    )  # fmt: skip
+    model.eval()
+    with torch.no_grad():
+        best = model(**micro.arguments()).prediction_logits.argmax(-1)
+    labels[[1, 15]] = best[:2] if dense else best[[1, 15]]
+    step._count(None, model(**micro.arguments()).prediction_logits, micro)
+    assert int(step._losses.correct) == 2
 
 
 def test_a_tie_is_decided_as_argmax_does():
     labels = torch.tensor([[0, 1, 2]])
     micro = types.SimpleNamespace(labels=labels, masked_index=torch.arange(3))
-    assert int(count_correct(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]), micro)) == 2
+    assert int(count_correct(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]), micro, picked=True)) == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
