@@ -175,7 +175,8 @@ def _forward(
     """Output, and what the backward pass needs: sums of exponents and two tensors of random state, or probabilities and two empty ones."""
     if query.is_cuda:
         return _flash_forward(query, key, value, cu_seqlens, max_seqlen, dropout_p, scale)
-    out, saved = _cpu_forward(query, key, value, cu_seqlens, max_seqlen, dropout_p, scale, save)
+    with torch.autocast("cpu", enabled=False):
+        out, saved = _cpu_forward(query, key, value, cu_seqlens, max_seqlen, dropout_p, scale, save)
     return out, saved, query.new_empty(0), query.new_empty(0)
 
 
@@ -208,7 +209,8 @@ def _backward(
     """Gradients of query, key and value, from the gradient of the output and what :func:`_forward` returned."""
     if query.is_cuda:
         return _flash_backward(grad, query, key, value, out, saved, seed, offset, cu_seqlens, max_seqlen, dropout_p, scale)
-    return _cpu_backward(grad, query, key, value, saved, cu_seqlens, dropout_p, scale)
+    with torch.autocast("cpu", enabled=False):
+        return _cpu_backward(grad, query, key, value, saved, cu_seqlens, dropout_p, scale)
 
 
 @_backward.register_fake

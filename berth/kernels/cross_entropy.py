@@ -45,8 +45,8 @@ def linear_cross_entropy(
         The loss, fp32 [] (fp64 for fp64), and how many of the labels are their row's largest logit, int64 [] (of equal ones the first counts).
 
     The product is computed in the type of the inputs, or in autocast's where that is on, as :func:`torch.nn.functional.linear` does;
-    bias, softmax and sums are fp32. Gradients have the types of the inputs: that of an fp32 weight is never rounded to 16 bits as a whole.
-    There is no second derivative.
+    bias, softmax and sums are fp32. Gradients have the types of the inputs; chunks are summed in fp32, a chunk's bf16 product is rounded
+    once where the device has no fp32 product of 16-bit factors (CPUs). There is no second derivative.
 
     Raises:
         ValueError: shapes do not fit, labels are not int64, or types differ outside of autocast.

@@ -378,6 +378,7 @@ def test_other_modes_run(project):
     assert not list((project / "c").glob("*.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(fp8.unsupported(torch.device("cpu")) is not None, reason=str(fp8.unsupported(torch.device("cpu"))))
 def test_fp8_trains_resumes_and_is_refused_in_pieces(project):
     """On a CPU it is slow but the same arithmetic; checkpoints are those of any precision."""

@@ -461,3 +461,18 @@ def test_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_cpu_backward", wrong_gradient)
         assert "the key gradient differs" in reason()
+
+
+def test_autocast_changes_nothing_inside():
+    """float32 stays float32: products of what is given, in its type, forward and backward, whatever autocast says around it."""
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 7, 12], dtype=torch.int32)
+    results = []
+    for enabled in (False, True):
+        parts = [torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(seed)).requires_grad_() for seed in range(3)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = varlen_attention(*parts, bounds, 7)
+            out.square().sum().backward()
+        results.append([out.detach(), *(part.grad for part in parts)])
+    for plain, inside in zip(*results, strict=True):
+        assert inside.dtype is torch.float32 and torch.equal(plain, inside)
