@@ -52,7 +52,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=8, help="timed steps of each side, after one untimed step")
     parser.add_argument("--precision", choices=(*PRECISIONS, "both"), default="both", help="bf16 means autocast")
-    parser.add_argument("--optimizer", choices=("adamw", "lamb"), default="adamw", help="of all sides: torch's AdamW, or berth's LAMB")
+    parser.add_argument(
+        "--optimizer",
+        choices=("adamw", "lamb"),
+        default="adamw",
+        help="of all sides: torch's fused AdamW (the default of transformers' Trainer), or berth's LAMB",
+    )
     parser.add_argument("--batch_size", type=int, default=32, help="sequences in a step")
     parser.add_argument("--seq_length", type=int, default=128, help="positions of a sequence, padding included")
     parser.add_argument("--layers", type=int, default=4, help="encoder layers")
@@ -113,7 +118,7 @@ def make_models(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
 def make_step(args: argparse.Namespace, side: str, model: torch.nn.Module, precision: str) -> Step:
     """A function that makes one optimizer step on a batch and returns the loss."""
     groups = optimization.parameter_groups(model)
-    optimizer = torch.optim.AdamW(groups, lr=1e-4) if args.optimizer == "adamw" else optimization.Lamb(groups, lr=1e-4)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, fused=True) if args.optimizer == "adamw" else optimization.Lamb(groups, lr=1e-4)
     device = torch.device("cpu")
 
     def prepare(rows: Rows) -> Callable[[], float]:
