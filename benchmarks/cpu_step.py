@@ -4,7 +4,7 @@
 
 A step is forward, backward and an optimizer, the same on both sides: same sizes, same starting weights, same sequences, dropout 0.1.
 ``transformers`` takes padded batches and its default attention (sdpa), as its users do; berth what run_pretraining.py does on a CPU by default:
-packed batches and the fused loss. ``padded`` is berth with --unpad off --fused_loss off. Sequences look like pretraining data at a fill of about
+packed batches, fused loss, fast dropout. ``padded`` is berth with --unpad off --fused_loss off --fast_dropout off. Sequences look like pretraining data at a fill of about
 0.88: half of them are full, the others 52 to 100 % full; 15 % of the real tokens are masked, 20 at most.
 
 The sides alternate (A B C A B C ...), so that other work on the machine hits all; a ratio is the median of the ratios
@@ -35,6 +35,7 @@ from machine import machine  # noqa: E402
 import modeling  # noqa: E402 - found beside this folder, installed or not
 import optimization  # noqa: E402
 from berth.files import write_json  # noqa: E402
+from berth.kernels import dropout  # noqa: E402
 from berth.records.rows import Rows  # noqa: E402
 from berth.training.batches import to_micro_batch, to_packed  # noqa: E402
 
@@ -112,6 +113,7 @@ def make_models(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
     theirs.load_state_dict(ours.state_dict(), strict=True)
     packed = copy.deepcopy(ours)
     packed.fused_cross_entropy = True
+    dropout.replace(packed)
     return {"berth": packed.train(), "padded": ours.train(), "transformers": theirs.train()}
 
 

@@ -65,7 +65,8 @@ OURS: dict[str, tuple[str, ...]] = {
     "berth": (),
     "berth-eager": ("--compile", "off"),
     "berth-plain": (
-        "--compile", "off", "--unpad", "off", "--fused_loss", "off", "--fused_qkv", "off", "--no_copy_ahead", "--optimizer_backend", "berth",
+        "--compile", "off", "--unpad", "off", "--fused_loss", "off", "--fused_qkv", "off", "--fast_dropout", "off", "--no_copy_ahead",
+        "--optimizer_backend", "berth",
     ),
 }  # fmt: skip
 """Options of run_pretraining.py by side."""

@@ -47,7 +47,7 @@ SWITCHES: dict[str, dict[str, tuple[str | bool, ...]]] = {
         "fused_qkv": ("off",),
         "fused_loss": ("off",),
     },
-    "cpu": {"unpad": ("off",), "fused_qkv": ("on",), "fused_loss": ("off",), "compile": ("layers",)},
+    "cpu": {"unpad": ("off",), "fused_qkv": ("on",), "fused_loss": ("off",), "fast_dropout": ("off",), "compile": ("layers",)},
 }
 """Values besides the default by device, what gains most first."""
 BETTER = 1.005

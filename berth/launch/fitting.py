@@ -113,6 +113,7 @@ def option_problems(row: Row, options: Mapping[str, Any]) -> list[str]:
     rule(row.precision != "fp8" or switched["fused_qkv"] != "on", "fused_qkv on does not go with precision fp8; leave it out, or use bf16")
     rule(row.world_size == 1 or switched["compile"] != "model",
          f"compile model is for one process, row {row.name} has {row.world_size}; use compile: layers")  # fmt: skip
+    rule(not gpu or switched["fast_dropout"] != "on", f"fast_dropout on is for CPUs, platform {row.platform.name} has GPUs; leave it out")
     if options.get("cuda_graphs"):
         rule(gpu, f"cuda_graphs need a GPU, platform {row.platform.name} has none; leave them out")
         rule(not options.get("checkpoint_activations"), "cuda_graphs do not go with checkpoint_activations; leave out one of them")

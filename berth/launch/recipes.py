@@ -22,13 +22,13 @@ OPTIONS = (
     "dynamic_masking", "masked_lm_prob", "whole_word_mask", "allreduce_post_accumulation_fp16", "checkpoint_activations",
     "no_dense_sequence_output", "no_group_by_length", "loss_scale", "init_loss_scale", "min_loss_scale", "scale_growth_interval",
     "max_consecutive_skips", "on_divergence", "max_rollbacks", "shard", "deepspeed_zero_stage", "reduce_dtype", "optimizer_backend",
-    "unpad", "compile", "cuda_graphs", "fused_loss", "fused_qkv", "no_copy_ahead",
+    "unpad", "compile", "cuda_graphs", "fused_loss", "fused_qkv", "fast_dropout", "no_copy_ahead",
     "no_async_checkpoints", "dead_rank_s", "timeout_min", "peak_tflops",
     "phase2_moments", "phase2_step", "keep_checkpoints", "log_freq", "eval_freq", "eval_samples", "eval_batch_size", "num_workers",
 )  # fmt: skip
 
 SWITCH = ("auto", "on", "off")
-WORDS = {"unpad": SWITCH, "compile": ("auto", "off", "layers", "model"), "fused_loss": SWITCH, "fused_qkv": SWITCH}
+WORDS = {"unpad": SWITCH, "compile": ("auto", "off", "layers", "model"), "fused_loss": SWITCH, "fused_qkv": SWITCH, "fast_dropout": SWITCH}
 """Options whose values are words, with those words; ``off`` is one of each."""
 SWITCHES = (
     "dynamic_masking", "whole_word_mask", "allreduce_post_accumulation_fp16", "checkpoint_activations", "no_dense_sequence_output",

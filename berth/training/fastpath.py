@@ -1,4 +1,4 @@
-"""Which parts of the fast path a run takes: packing, compilation, CUDA graphs, fused loss, fused projections, copies ahead.
+"""Which parts of the fast path a run takes: packing, compilation, CUDA graphs, fused loss and projections, copies ahead, fast dropout.
 
 In: the options, the device, how the state is spread. Out: a :class:`FastPath` whose every part has been checked to work here, and a line a
 part for the log. ``auto`` takes what works and says why something does not; what was asked for by name and cannot be had is an error.
@@ -14,7 +14,7 @@ import torch
 
 import modeling
 from berth.errors import ConfigError
-from berth.kernels import attention, cross_entropy, fp8
+from berth.kernels import attention, cross_entropy, dropout, fp8
 from berth.training import compiled, graphs
 from berth.training.options import Options
 
@@ -35,6 +35,7 @@ class FastPath:
     fused_projections: bool = False
     fp8: bool = False
     copies_ahead: int = 0
+    fast_dropout: bool = False
     reasons: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
@@ -49,6 +50,8 @@ class FastPath:
         if isinstance(model, modeling.BertMaskedLMBase):
             model.fused_cross_entropy = self.fused_cross_entropy
         model.set_fused_projections(self.fused_projections)
+        if self.fast_dropout:
+            dropout.replace(model)
         if self.fp8:
             fp8.convert_linears(model)
 
@@ -81,6 +84,7 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
         reasons.append(f"fused loss in plain torch: {slower}")
     projections = chosen("--fused_qkv", options.fused_qkv, "fused projections", lambda: deepspeed or _no_projections(options, device))
     how = _compilation(options.compile, device, world_size, sharding, reasons)
+    fast_dropout = chosen("--fast_dropout", options.fast_dropout, "fast dropout", lambda: _no_fast_dropout(device, how))
     if options.cuda_graphs:
         why = graphs.obstacle(sharding, device, checkpointing=options.checkpoint_activations)
         _require("--cuda_graphs", why or _few_recordings(options, unpad, world_size))
@@ -97,6 +101,7 @@ def decide(options: Options, config: modeling.BertConfig, device: torch.device, 
         fused_projections=projections,
         fp8=options.precision == "fp8",
         copies_ahead=COPIES_AHEAD if device.type == "cuda" and not options.no_copy_ahead else 0,
+        fast_dropout=fast_dropout,
         reasons=tuple(reasons),
     )
 
@@ -124,6 +129,12 @@ def _no_projections(options: Options, device: torch.device) -> str | None:
     if device.type != "cuda" and options.fused_qkv == "auto":
         return "slower than three products on a CPU"
     return None
+
+
+def _no_fast_dropout(device: torch.device, how: str) -> str | None:
+    if device.type != "cpu":
+        return f"it is for CPUs, this run is on {device.type}"
+    return None if how == "off" else "compiled layers draw their own numbers"
 
 
 def _compilation(request: str, device: torch.device, world_size: int, sharding: str, reasons: list[str]) -> str:

@@ -273,12 +273,17 @@ def test_processes_and_accumulation_give_the_same_run(exact, processes, batch, a
 
 
 # how the log calls what a switch turns on and off
-FAST_PATH = {"unpad": "unpad", "fused_loss": "fused_cross_entropy", "fused_qkv": "fused_projections"}
+FAST_PATH = {"unpad": "unpad", "fused_loss": "fused_cross_entropy", "fused_qkv": "fused_projections", "fast_dropout": "fast_dropout"}
 
 
 @pytest.mark.parametrize(
     "switches",
-    [{"unpad": "off", "fused_loss": "off"}, {"unpad": "off"}, {"fused_loss": "off", "fused_qkv": "on"}, {"checkpoint_activations": True}],
+    [
+        {"unpad": "off", "fused_loss": "off"},
+        {"unpad": "off"},
+        {"fused_loss": "off", "fused_qkv": "on", "fast_dropout": "off"},
+        {"checkpoint_activations": True},
+    ],
 )
 def test_every_switch_of_the_fast_path_gives_the_same_run(exact, switches):
     """Losses of every step, gradient norms, accuracy, batches and the weights at the end; the log says what was used."""

@@ -83,6 +83,7 @@ BAD = [
     (row_of("fp8", ranks=1, deepspeed_zero_stage=0), (), "precision fp8 rounds whole weights, and deepspeed cuts"),
     (row_of("fp8"), ("--deepspeed",), "precision fp8 rounds whole weights, and deepspeed cuts"),
     (row_of("fp8", fused_qkv="on"), (), "fused_qkv on does not go with precision fp8"),
+    (row_of("bf16", fast_dropout="on"), (), "fast_dropout on is for CPUs"),
     (row_of("tf32", unpad="on"), (), "unpad on: on a GPU packed batches need 16 bits, not tf32; use bf16 or fp16"),
     (row_of(compile="model"), (), "compile model is for one process, row box_1x4x4x4_bf16_small-p1 has 4; use compile: layers"),
     (row_of(), ("--deepspeed_zero_stage", "1", "--compile", "layers"), "compile layers does not go with DeepSpeed; drop one"),

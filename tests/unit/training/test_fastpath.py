@@ -44,12 +44,12 @@ def every_kernel_works(monkeypatch):
 
 def test_on_a_cpu_batches_are_packed_and_nothing_is_compiled(chosen):
     fast = chosen()
-    assert fast == FastPath(unpad=True, fused_cross_entropy=True)
+    assert fast == FastPath(unpad=True, fused_cross_entropy=True, fast_dropout=True)
     assert any(reason.startswith("compilation off: ") for reason in fast.reasons)
 
 
 def test_every_part_has_an_off_position(chosen, every_kernel_works):
-    off = ("--unpad", "off", "--compile", "off", "--fused_loss", "off", "--fused_qkv", "off", "--no_copy_ahead")
+    off = ("--unpad", "off", "--compile", "off", "--fused_loss", "off", "--fused_qkv", "off", "--fast_dropout", "off", "--no_copy_ahead")
     for device in (CPU, GPU):
         fast = chosen(*off, "--precision", "bf16", device=device)
         assert fast == FastPath()
@@ -58,6 +58,7 @@ def test_every_part_has_an_off_position(chosen, every_kernel_works):
             "--fused_loss off",
             "--fused_qkv off",
             "--compile off",
+            "--fast_dropout off",
             "--no_copy_ahead",
         ]
 
@@ -67,6 +68,9 @@ def test_on_a_gpu_everything_but_graphs_is_on(chosen, every_kernel_works):
     assert fast == FastPath(True, "model", False, True, True, False, 1)
     assert chosen("--precision", "bf16", "--cuda_graphs", device=GPU).cuda_graphs
     assert chosen("--precision", "bf16", device=GPU, world=2).compiled == "layers"
+    assert not chosen("--compile", "layers").fast_dropout  # compiled layers draw their own
+    with pytest.raises(ConfigError, match="--fast_dropout on: it is for CPUs"):
+        chosen("--fast_dropout", "on", device=GPU)
     fast = chosen("--precision", "fp8", device=GPU)
     assert fast == FastPath(True, "model", False, True, False, True, 1)
     assert "fp8: 12 of 12 linear layers of the encoder" in fast.reasons and "copies ahead" in fast.reasons
