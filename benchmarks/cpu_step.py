@@ -4,8 +4,8 @@
 
 A step is forward, backward and an optimizer, the same on both sides: same sizes, same starting weights, same sequences, dropout 0.1.
 ``transformers`` takes padded batches and its default attention (sdpa), as its users do; berth what run_pretraining.py does on a CPU by default:
-packed batches, fused loss, fast dropout. ``padded`` is berth with --unpad off --fused_loss off --fast_dropout off. Sequences look like pretraining data at a fill of about
-0.88: half of them are full, the others 52 to 100 % full; 15 % of the real tokens are masked, 20 at most.
+packed batches, fused loss, fast dropout. ``padded`` is berth with --unpad off --fused_loss off --fast_dropout off. Sequences look like
+pretraining data at a fill of about 0.88: half of them are full, the others 52 to 100 % full; 15 % of the real tokens are masked, 20 at most.
 
 The sides alternate (A B C A B C ...), so that other work on the machine hits all; a ratio is the median of the ratios
 within a round. Prints a table and writes it as JSON with the machine it ran on.
