@@ -4,6 +4,7 @@ Tests compile with ``aot_eager``, which traces forward and backward as inductor 
 
 import copy
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.support import ROOT, TINY, VOCAB_SIZE, environment, make_project
 from tests.unit.training.fast_ranks import ALONE, COMPILED, GRAPHED, Pretended
 
 CPU = torch.device("cpu")
+OWN_PROCESS = "BERTH_TEST_OWN_PROCESS"
 CONFIG = modeling.BertConfig.from_dict({**TINY, "num_hidden_layers": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
 OURS = {"backend": "aot_eager"}
 KINDS = [modeling.BertForPreTraining, modeling.BertForMaskedLM]
@@ -239,7 +241,13 @@ def test_the_trial_tells_good_compilers_from_bad_ones():
 @pytest.mark.slow
 @pytest.mark.skipif(unsupported(CPU) is not None, reason=str(unsupported(CPU)))
 def test_inductor_too(stream, tmp_path, monkeypatch):
-    """The backend of real runs, on one layer: embeddings, layer, transform and pooler, packed; two shapes and more."""
+    """The backend of real runs, on one layer: embeddings, layer, transform and pooler, packed; two shapes and more. In a process of its own: what
+    other tests import (distutils) can keep inductor from loading setuptools."""
+    if OWN_PROCESS not in os.environ:
+        words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_inductor_too"]
+        done = subprocess.run(words, cwd=ROOT, env={**environment(), OWN_PROCESS: "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     model, ours = build("layers", fused=True, options={}, layers=1)
     reference, eager = build("off", fused=True, layers=1)
