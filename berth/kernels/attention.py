@@ -36,8 +36,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Draws for one probability: on a CPU the dropout probability is rounded to a multiple of 1 / DRAWS.
-DRAWS = 1 << 16
+from berth.kernels.dropout import DRAWS, draw, dropped_draws
+
 # Probabilities of a block, in bytes. Between 0.25 and 4 MiB it makes less than a tenth of difference (2026-11-21); the larger, the fewer calls.
 BLOCK_BYTES = 2 << 20
 # Integers of the same width, whose sign is the sign of the number.
@@ -291,7 +291,7 @@ def _cpu_forward(
         raise ValueError(f"max_seqlen {max_seqlen}: must be at least the length of the longest sequence, {longest}")
     out = query.new_empty(query.shape)
     saved = query.new_empty(heads, total, max_seqlen) if save else query.new_empty(0)
-    dropped = _dropped_draws(dropout_p)
+    dropped = dropped_draws(dropout_p)
     for block, start in _blocks(ends, query):
         probabilities = (
             _matrices(saved, block, heads, start) if save else query.new_empty(block.sequences * heads, block.length, block.length)
@@ -309,7 +309,7 @@ def _cpu_backward(
     dV = (P M)^T dO;  dP = (dO V^T) M;  dS = P (dP - rowsum(P dP));  dQ = scale dS K;  dK = scale dS^T Q."""
     heads = query.shape[1]
     query_grad, key_grad, value_grad = (query.new_empty(query.shape) for _ in range(3))
-    dropped = _dropped_draws(dropout_p)
+    dropped = dropped_draws(dropout_p)
     upscale = DRAWS / (DRAWS - dropped)
     for block, start in _blocks(cu_seqlens.tolist(), query):
         probabilities = _matrices(saved, block, heads, start)
@@ -399,16 +399,9 @@ def _softmax(query: Tensor, key: Tensor, scale: float, out: Tensor) -> None:
         out.copy_(scores)
 
 
-def _dropped_draws(dropout_p: float) -> int:
-    """How many of DRAWS drop a probability."""
-    return min(round(dropout_p * DRAWS), DRAWS - 1)
-
-
 def _drop(probabilities: Tensor, dropped: int) -> Tensor:
     """Choose what is dropped, make it negative in place, and return the kept ones with zeros between them, not scaled."""
-    count = probabilities.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(1 << 63), None)
-    draws = words.view(torch.int16)[:count].view(probabilities.shape)
+    draws = draw(probabilities.shape)
     torch.lt(draws, dropped - DRAWS // 2, out=draws)
     bits = probabilities.view(_INTEGERS[probabilities.dtype])
     torch.add(bits, draws, alpha=torch.iinfo(bits.dtype).min, out=bits)  # 1 times the least integer: the sign bit, and nothing else

@@ -17,6 +17,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 DRAWS = 1 << 16
+"""Values of one draw: a rate is rounded to a multiple of 1 / DRAWS."""
+
+
+def dropped_draws(rate: float) -> int:
+    """How many of :data:`DRAWS` drop an element, all but one at most."""
+    return min(round(rate * DRAWS), DRAWS - 1)
+
+
+def draw(shape: torch.Size) -> Tensor:
+    """int16 of ``shape`` on the CPU, uniform from -DRAWS / 2 on, four to an int64 of torch's default generator."""
+    count = shape.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64, device="cpu").random_(-(1 << 63), None)
+    return words.view(torch.int16)[:count].view(shape)
 
 
 class FastDropout(nn.Dropout):
@@ -24,7 +37,7 @@ class FastDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         """Elements of ``x`` zeroed at the rate ``p`` while training, the others scaled up."""
-        dropped = min(round(self.p * DRAWS), DRAWS - 1)
+        dropped = dropped_draws(self.p)
         if not self.training or not dropped or self.inplace or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         return _Drop.apply(x, dropped)
@@ -33,8 +46,7 @@ class FastDropout(nn.Dropout):
 class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: int) -> Tensor:
-        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-(1 << 63), None)
-        kept = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - DRAWS // 2
+        kept = draw(x.shape) >= dropped - DRAWS // 2
         ctx.save_for_backward(kept)
         ctx.scale = DRAWS / (DRAWS - dropped)
         return (x * kept).mul_(ctx.scale)

@@ -450,7 +450,7 @@ def test_probe_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(attention, "_softmax", inaccurate)
         assert "the output differs" in reason()
     with monkeypatch.context() as patch:
-        patch.setattr(attention, "_dropped_draws", lambda _: 0)
+        patch.setattr(attention, "dropped_draws", lambda _: 0)
         assert "dropout 0.1" in reason()
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_drop", lambda probabilities, dropped: drop(probabilities, DRAWS // 4))
